@@ -1,0 +1,270 @@
+"""The expert cache as a pure state machine: events in, loads out.
+
+One access of a layer goes:
+
+    access = cache.request(layer, experts)   what is there, what is late, what is missing
+    for load in cache.issue(): ...           start these reads
+    cache.guess(next_layer, ranked)          optional; issue() starts guesses when no demand is waiting
+    cache.loaded(buffer)                     a read has finished
+    cache.release(layer, expert)             computed: its buffer may be reused
+    cache.finish()                           all experts of the access are released
+
+Buffers are numbered 0 … slots + staging - 1 and all alike: being a slot or a staging buffer is a role, so a guess
+that is used becomes resident without a copy, and its victim's buffer becomes a staging buffer.
+
+Which experts are resident depends on the sequence of requests alone, never on when reads finish or what was
+guessed: a recorded trace replays to exactly the hits of the live run.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from greenroom.cache.policies import LRU, EvictionPolicy, Key
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Read expert `key` into `buffer`; `speculative` ones yield to demand."""
+
+    key: Key
+    buffer: int
+    speculative: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """How the experts of one request were found; the four tuples partition the request."""
+
+    hits: tuple[Key, ...]
+    """resident before the request"""
+    prefetched: tuple[Key, ...]
+    """in a staging buffer, read by a guess that had finished"""
+    late: tuple[Key, ...]
+    """in a staging buffer, the guess still reading"""
+    misses: tuple[Key, ...]
+    """must be read now"""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Running totals, in experts (a request of k experts counts k)."""
+
+    hits: int = 0
+    prefetched: int = 0
+    late: int = 0
+    misses: int = 0
+    guesses: int = 0
+    """speculative loads started"""
+
+    @property
+    def requests(self) -> int:
+        """Experts requested."""
+        return self.hits + self.prefetched + self.late + self.misses
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of requested experts that were resident; 0 before the first request."""
+        return self.hits / self.requests if self.requests else 0.0
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a buffer holds."""
+
+    buffer: int
+    ready: bool = False
+    pinned: bool = False
+
+
+@dataclass(slots=True)
+class _Queue:
+    """Loads that wait for a buffer."""
+
+    demand: list[Key] = field(default_factory=list)
+    guesses: list[Key] = field(default_factory=list)
+
+
+class ExpertCache:
+    """Slots for experts, decided without knowing what an expert is.
+
+    `capacities`: slots per group. One per layer, or a single number for one pool that all `layers` share.
+    `staging`: extra buffers (≥ 1) for guesses and for experts that get no slot.
+    `policy`: makes one `EvictionPolicy` per group from its capacity.
+    `validate`: check all invariants after each event (on in tests).
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        capacities: Sequence[int],
+        staging: int,
+        policy: Callable[[int], EvictionPolicy] = LRU,
+        validate: bool = False,
+    ) -> None:
+        if len(capacities) not in (1, layers) or min(capacities, default=-1) < 0 or staging < 1:
+            raise ValueError(f"{layers=} {capacities=} {staging=}: need one capacity ≥ 0 per layer or in all, staging ≥ 1")
+        self.layers, self.capacities, self.staging = layers, tuple(capacities), staging
+        self.buffers = sum(capacities) + staging
+        self.counters = Counters()
+        self._policies = [policy(capacity) for capacity in capacities]
+        self._validate = validate
+        self._free = list(range(self.buffers))
+        self._held: dict[Key, _Held] = {}
+        self._guessed: dict[Key, None] = {}  # held by a guess that no request has used yet, oldest first
+        self._reading: dict[int, Key | None] = {}  # buffer → key, or None where nobody wants it any more
+        self._resident: list[set[Key]] = [set() for _ in capacities]
+        self._queue = _Queue()
+        self._active: set[Key] = set()  # requested and not yet released
+
+    def request(self, layer: int, experts: Sequence[int]) -> Access:
+        """Ask for distinct `experts` of `layer` at once, least valuable first. Ends with `finish`."""
+        assert not self._active, "finish the previous access first"
+        needed = [(layer, expert) for expert in experts]
+        self._drop_guesses(layer, keep=set(needed))
+        access = self._classify(needed)
+        group = self._group(layer)
+        self._active = set(needed)
+        before = self._resident[group]
+        # after an aborted access the policy may still believe in keys whose read never finished
+        after = {key for key in self._policies[group].update(needed) if key in self._active or key in self._held}
+        self._resident[group] = after
+        for key in needed:
+            self._guessed.pop(key, None)
+            if key in self._held:
+                self._held[key].pinned = True
+        for key in before - after - self._active:
+            self._discard(key)
+        self._queue.demand = [key for key in needed if key not in self._held]
+        self._check()
+        return access
+
+    def guess(self, layer: int, experts: Sequence[int]) -> None:
+        """Queue a read of `experts` of `layer`, likeliest first, replacing that layer's queued guesses.
+
+        What is resident, held or being read already is skipped. At most `staging` guesses are held at a time.
+        """
+        queued = [key for key in self._queue.guesses if key[0] != layer]
+        queued += [(layer, expert) for expert in experts if (layer, expert) not in self._held]
+        self._queue.guesses = queued
+        self._check()
+
+    def issue(self) -> list[Load]:
+        """Loads to start now. Guesses follow only when every load of the active request has been issued."""
+        loads = []
+        while self._queue.demand and (self._free or self._reclaim_guess()):
+            loads.append(self._start(self._queue.demand.pop(0), speculative=False))
+        while not self._queue.demand and self._queue.guesses and self._free and self._room_to_guess():
+            key = self._queue.guesses.pop(0)
+            self.counters.guesses += 1
+            loads.append(self._start(key, speculative=True))
+        self._check()
+        return loads
+
+    def loaded(self, buffer: int) -> None:
+        """A read into `buffer` has finished."""
+        key = self._reading.pop(buffer)
+        if key is None:
+            self._free.append(buffer)
+        else:
+            self._held[key].ready = True
+        self._check()
+
+    def ready(self, layer: int, expert: int) -> "int | None":
+        """The buffer that holds the expert's bytes now, or None."""
+        held = self._held.get((layer, expert))
+        return held.buffer if held is not None and held.ready else None
+
+    def release(self, layer: int, expert: int) -> None:
+        """The expert of the active request is computed; without a slot its buffer becomes free."""
+        key = (layer, expert)
+        self._active.remove(key)
+        self._held[key].pinned = False
+        if key not in self._resident[self._group(layer)]:
+            self._discard(key)
+        self._check()
+
+    def finish(self) -> None:
+        """End the access: every requested expert has been released."""
+        assert not self._active and not self._queue.demand, "experts are still in use"
+
+    def abort(self) -> None:
+        """Give the access up after an error: nothing stays pinned or queued; reads under way become orphans."""
+        for key in list(self._held):
+            held = self._held[key]
+            if not held.ready or key not in self._resident[self._group(key[0])]:
+                self._discard(key)
+            held.pinned = False
+        for group, resident in enumerate(self._resident):
+            self._resident[group] = resident & self._held.keys()
+        self._queue, self._active = _Queue(), set()
+        self._check()
+
+    def _classify(self, needed: list[Key]) -> Access:
+        resident = self._resident[self._group(needed[0][0])] if needed else set()
+        hits = tuple(key for key in needed if key in resident and key in self._held)
+        staged = [key for key in needed if key in self._held and key not in resident]
+        prefetched = tuple(key for key in staged if self._held[key].ready)
+        late = tuple(key for key in staged if not self._held[key].ready)
+        misses = tuple(key for key in needed if key not in self._held)
+        self.counters.hits += len(hits)
+        self.counters.prefetched += len(prefetched)
+        self.counters.late += len(late)
+        self.counters.misses += len(misses)
+        return Access(hits=hits, prefetched=prefetched, late=late, misses=misses)
+
+    def _start(self, key: Key, *, speculative: bool) -> Load:
+        buffer = self._free.pop()
+        self._held[key] = _Held(buffer, pinned=not speculative)
+        self._reading[buffer] = key
+        if speculative:
+            self._guessed[key] = None
+        return Load(key, buffer, speculative)
+
+    def _room_to_guess(self) -> bool:
+        """A guess lives in a staging buffer: it must never take one that an unfilled slot will need."""
+        unwanted = sum(key is None for key in self._reading.values())
+        return len(self._guessed) + unwanted < self.staging
+
+    def _reclaim_guess(self) -> bool:
+        """Demand found no free buffer: drop one finished guess, the farthest ahead first."""
+        finished = [key for key in self._guessed if self._held[key].ready]
+        if finished:
+            self._discard(finished[-1])
+        return bool(finished)
+
+    def _drop_guesses(self, layer: int, keep: set[Key]) -> None:
+        """A layer's guesses live until the layer is requested."""
+        self._queue.guesses = [key for key in self._queue.guesses if key[0] != layer]
+        for key in [key for key in self._guessed if key[0] == layer and key not in keep]:
+            self._discard(key)
+
+    def _discard(self, key: Key) -> None:
+        held = self._held.pop(key)
+        self._guessed.pop(key, None)
+        if held.ready:
+            self._free.append(held.buffer)
+        else:
+            self._reading[held.buffer] = None
+
+    def _group(self, layer: int) -> int:
+        return layer if len(self.capacities) == self.layers and self.layers > 1 else 0
+
+    def _check(self) -> None:
+        if not self._validate:
+            return
+        used = [held.buffer for held in self._held.values()]
+        unwanted = [buffer for buffer, key in self._reading.items() if key is None]
+        assert sorted([*used, *self._free, *unwanted]) == list(range(self.buffers)), "a buffer is lost or doubled"
+        for key, held in self._held.items():
+            assert held.ready != (self._reading.get(held.buffer) == key), f"{key} is neither read nor being read"
+        for capacity, resident in zip(self.capacities, self._resident, strict=True):
+            assert len(resident) <= capacity, "a group holds more than its slots"
+        residents = set().union(*self._resident)
+        for key in residents - self._held.keys():
+            assert key in self._queue.demand, f"{key} has a slot but is neither held nor asked for"
+        for key, held in self._held.items():
+            assert held.pinned == (key in self._active), f"{key} is pinned without being requested, or the reverse"
+            assert held.pinned or key in self._guessed or key in residents, f"{key} holds a buffer for no reason"
+        assert self._active.issuperset(self._queue.demand), "a load is queued that nobody asked for"
+        assert self._guessed.keys() <= self._held.keys() and len(self._guessed) <= self.staging, "guesses took slots"

@@ -1,0 +1,21 @@
+"""Replay a routing trace through the very core that the engine runs, with reads that finish at once."""
+
+from collections.abc import Iterable, Sequence
+
+from greenroom.cache.core import Access, ExpertCache
+
+
+def replay(cache: ExpertCache, requests: Iterable[tuple[int, Sequence[int]]]) -> list[Access]:
+    """Run `requests` of (layer, distinct experts, least valuable first) and return how each was found."""
+    accesses = []
+    for layer, experts in requests:
+        accesses.append(cache.request(layer, experts))
+        waiting = list(experts)
+        while waiting:
+            for load in cache.issue():
+                cache.loaded(load.buffer)
+            expert = next(expert for expert in waiting if cache.ready(layer, expert) is not None)
+            waiting.remove(expert)
+            cache.release(layer, expert)
+        cache.finish()
+    return accesses

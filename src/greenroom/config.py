@@ -1,0 +1,63 @@
+"""Settings as frozen dataclasses; bad values raise ConfigError when they are made. No I/O."""
+
+import dataclasses
+
+from greenroom.errors import ConfigError
+from greenroom.quant import DEFAULT_GROUP_SIZE, Format
+
+_BITS = (2, 3, 4, 8, 16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackSettings:
+    """How many bits a weight gets. `group_size` is for the experts; None takes the paper's for their bits."""
+
+    expert_bits: int = 4
+    attention_bits: int = 16
+    head_bits: int = 8
+    group_size: "int | None" = None
+
+    def __post_init__(self) -> None:
+        for name in ("expert_bits", "attention_bits", "head_bits"):
+            if getattr(self, name) not in _BITS:
+                raise ConfigError(f"{name} must be one of 2, 3, 4, 8, 16, not {getattr(self, name)!r}")
+        if self.group_size is None:
+            object.__setattr__(self, "group_size", DEFAULT_GROUP_SIZE[self.expert_bits])
+        Format.of(self.expert_bits, self.group_size)  # refuses a group size that cannot be
+
+    def format(self, bits: int, dtype: str, group_size: "int | None" = None) -> Format:
+        """The format of one weight; `dtype` is its 16-bit dtype, "bfloat16" or "float16", and matters at 16 bits."""
+        return Format.of(bits, group_size) if bits < 16 else Format(bits=16, group_size=0, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What a running model may use.
+
+    `ram`: bytes for everything the process holds, or None for what the machine has to spare.
+    `experts_per_layer`: slots per layer (the paper's k); overrides what `ram` would give.
+    `staging`: buffers beside the slots, for guesses and for experts that get no slot (the paper's b).
+    `prefetch`: experts guessed per token and layer ahead; `lookahead`: how many layers ahead.
+    `context`: tokens of KV cache to reserve memory for. `readers`: reads in flight.
+    """
+
+    ram: "int | None" = None
+    experts_per_layer: "int | None" = None
+    policy: str = "lru"
+    staging: int = 4
+    prefetch: int = 0
+    lookahead: int = 1
+    context: int = 2048
+    readers: int = 4
+    validate: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(1, ram=self.ram, staging=self.staging, lookahead=self.lookahead, context=self.context)
+        _at_least(1, readers=self.readers)
+        _at_least(0, experts_per_layer=self.experts_per_layer, prefetch=self.prefetch)
+
+
+def _at_least(least: int, **values: "int | None") -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, not {value}")

@@ -1,0 +1,314 @@
+"""Pack a checkpoint: one expert, or one dense tensor, in memory at a time.
+
+Everything about the output except the weights' bits is known before the first byte is written: file names, sizes and
+offsets follow from the shapes. So free disk is checked first, and a resumed run makes the same files.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from greenroom import seam
+from greenroom.checkpoint import Checkpoint, DenseGroup, resolve
+from greenroom.config import PackSettings
+from greenroom.errors import PackError
+from greenroom.packed import (
+    MANIFEST_NAME,
+    RECORD_ALIGNMENT,
+    Entry,
+    ExpertsEntry,
+    FileEntry,
+    Journal,
+    LinearEntry,
+    Manifest,
+    PackedModel,
+    RecordTensor,
+    TensorEntry,
+    header_of,
+    replace_text,
+    write_file,
+)
+from greenroom.progress import Progress
+from greenroom.quant import Format, Layout, quantize_into
+from greenroom.sizes import format_bytes
+
+_DENSE_FILE_NBYTES = 1 << 30  # a kill loses at most one file
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
+                      torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL", torch.float64: "F64"}  # fmt: skip
+_SIDECARS = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _DenseOutput:
+    """One entry made of dense tensor `source`: packed as a linear where `format` is set, plain otherwise."""
+
+    name: str
+    source: str
+    shape: "tuple[int, ...]"
+    dtype: torch.dtype
+    format: "Format | None"
+
+    @property
+    def entry(self) -> Entry:
+        if self.format is not None:
+            nbytes = Layout(self.shape[0], self.shape[1], self.format).nbytes
+            return Entry(name=self.name, dtype="U8", shape=(nbytes,), nbytes=nbytes)
+        nbytes = torch.Size(self.shape).numel() * self.dtype.itemsize
+        return Entry(name=self.name, dtype=_SAFETENSORS_NAMES[self.dtype], shape=self.shape, nbytes=nbytes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _File:
+    """One file to write: its entries, the source bytes they cost, and what makes their data."""
+
+    name: str
+    entries: "list[Entry]"
+    source_nbytes: int
+    data: "Callable[[Progress], Iterator[memoryview]]"
+
+    @property
+    def nbytes(self) -> int:
+        return len(header_of(self.entries)[0]) + sum(entry.nbytes for entry in self.entries)
+
+
+def pack(
+    src: "str | Path",
+    dst: "str | Path",
+    *,
+    expert_bits: int = 4,
+    attention_bits: int = 16,
+    head_bits: int = 8,
+    group_size: "int | None" = None,
+) -> PackedModel:
+    """Quantise and pack the checkpoint `src` (a folder or hub id) into the folder `dst`.
+
+    `expert_bits`, `attention_bits` (all dense linears of the decoder layers) and `head_bits` are 2, 3, 4, 8 or 16;
+    `group_size` is the experts' (default: the paper's for their bits). Routers, norms and embeddings stay 16-bit.
+    A killed run resumes and ends with the same bytes. `dst` holds a readable model only when all is written.
+
+    Raises ConfigError, CheckpointError, UnsupportedModelError or PackError (disk space, interrupted, other settings).
+    """
+    settings = PackSettings(
+        expert_bits=expert_bits, attention_bits=attention_bits, head_bits=head_bits, group_size=group_size
+    )
+    dst = Path(dst)
+    checkpoint = Checkpoint(resolve(src))
+    with checkpoint.shards:
+        try:
+            return _Packing(checkpoint, dst, settings).run()
+        except KeyboardInterrupt:
+            raise PackError(f"interrupted: run the same command again and packing into {dst} resumes") from None
+
+
+class _Packing:
+    """One run of `pack`."""
+
+    def __init__(self, checkpoint: Checkpoint, dst: Path, settings: PackSettings) -> None:
+        self.checkpoint, self.dst, self.settings = checkpoint, dst, settings
+        self._head = seam.output_head(checkpoint.model)
+        self._linears = set(seam.packable_linears(checkpoint.model, checkpoint.experts))
+        self.experts = [self._experts_file(i, module) for i, module in enumerate(checkpoint.experts)]
+        self.dense = self._dense_files()
+        self.files = [file for file, _ in self.experts] + [file for file, _ in self.dense]
+        self.source = {"fingerprint": _fingerprint(checkpoint)}
+
+    def run(self) -> PackedModel:
+        plan = json.dumps([self.source, dataclasses.asdict(self.settings)], sort_keys=True)
+        if (self.dst / MANIFEST_NAME).is_file():
+            return self._already_packed()
+        foreign = self.dst.exists() and any(self.dst.iterdir()) and not Journal.path_in(self.dst).is_file()
+        if foreign or (self.dst.exists() and not self.dst.is_dir()):
+            raise PackError(f"{self.dst} exists and is no packed model: choose another folder")
+        journal = Journal(self.dst, plan)
+        self._check_space(journal)
+        self.dst.mkdir(parents=True, exist_ok=True)
+        journal.start()
+        with Progress("packing", self.checkpoint.nbytes) as progress:
+            for file in self.files:
+                if file.name in journal.done:
+                    progress.skip(file.source_nbytes)
+                else:
+                    journal.note(file.name, write_file(self.dst / file.name, file.entries, file.data(progress)))
+        replace_text(self.dst / MANIFEST_NAME, self._manifest(journal.done, self._copy_sidecars()).to_json())
+        journal.remove()
+        return PackedModel(self.dst)
+
+    def _already_packed(self) -> PackedModel:
+        packed = PackedModel(self.dst)
+        if (packed.manifest.source, packed.manifest.settings) != (self.source, dataclasses.asdict(self.settings)):
+            raise PackError(f"{self.dst} holds a packed model of another source or settings: choose another folder")
+        return packed
+
+    def _check_space(self, journal: Journal) -> None:
+        needed = sum(file.nbytes for file in self.files if file.name not in journal.done)
+        parent = next(folder for folder in (self.dst, *self.dst.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(parent).free
+        if needed > free:
+            raise PackError(
+                f"{self.dst} needs {format_bytes(needed)} of disk and {format_bytes(free)} are free: make room, or "
+                "choose fewer bits or another disk"
+            )
+
+    def _experts_file(self, number: int, module: seam.ExpertsModule) -> "tuple[_File, ExpertsEntry]":
+        dtype = _name(_half(self.checkpoint.expert_dtype(module)))
+        format = self.settings.format(self.settings.expert_bits, dtype, self.settings.group_size)
+        tensors, offset = [], 0
+        for parameter in module.parameters:
+            own = Format(bits=16, group_size=0, dtype=dtype) if parameter.is_bias else format
+            tensor = RecordTensor(
+                name=parameter.name, rows=parameter.rows, cols=parameter.cols, offset=offset, format=own
+            )
+            tensors.append(tensor)
+            offset += tensor.nbytes
+        record_nbytes = offset + -offset % RECORD_ALIGNMENT
+        name = f"experts-{number:05d}.safetensors"
+        entries = [
+            Entry(name=f"{module.name}.{expert}", dtype="U8", shape=(record_nbytes,), nbytes=record_nbytes)
+            for expert in range(module.num_experts)
+        ]
+        entry = ExpertsEntry(
+            module=module.name,
+            num_experts=module.num_experts,
+            file=name,
+            offset=len(header_of(entries)[0]),
+            record_nbytes=record_nbytes,
+            tensors=tuple(tensors),
+            crc32=(),
+        )
+        source_nbytes = self.checkpoint.experts_nbytes(module)
+
+        def data(progress: Progress) -> "Iterator[memoryview]":
+            record = torch.zeros(record_nbytes, dtype=torch.uint8)
+            for expert in range(module.num_experts):
+                weights = self.checkpoint.expert(module, expert)
+                for tensor in tensors:
+                    out = record[tensor.offset : tensor.offset + tensor.nbytes]
+                    quantize_into(weights.pop(tensor.name), tensor.format, out)
+                progress.advance(source_nbytes // module.num_experts)
+                yield memoryview(record.numpy())
+
+        return _File(name=name, entries=entries, source_nbytes=source_nbytes, data=data), entry
+
+    def _dense_files(self) -> "list[tuple[_File, list[_DenseOutput]]]":
+        batches: list[list[DenseGroup]] = [[]]
+        for group in self.checkpoint.dense_groups():
+            if sum(other.nbytes for other in batches[-1]) + group.nbytes > _DENSE_FILE_NBYTES and batches[-1]:
+                batches.append([])
+            batches[-1].append(group)
+        return [self._dense_file(number, batch) for number, batch in enumerate(batches) if batch]
+
+    def _dense_file(self, number: int, groups: "list[DenseGroup]") -> "tuple[_File, list[_DenseOutput]]":
+        outputs = {group.number: self._outputs(group) for group in groups}
+
+        def data(progress: Progress) -> "Iterator[memoryview]":
+            for group in groups:
+                tensors = self.checkpoint.dense(group)
+                for output in outputs[group.number]:
+                    yield _bytes_of(tensors[output.source], output)
+                progress.advance(group.nbytes)
+
+        flat = [output for group in groups for output in outputs[group.number]]
+        file = _File(
+            name=f"dense-{number:05d}.safetensors",
+            entries=[output.entry for output in flat],
+            source_nbytes=sum(group.nbytes for group in groups),
+            data=data,
+        )
+        return file, flat
+
+    def _outputs(self, group: DenseGroup) -> "list[_DenseOutput]":
+        """What becomes of a group's tensors; a tied embedding is also packed as the output head."""
+        outputs = []
+        for name, shape in group.shapes.items():
+            half = _half(group.dtype)
+            module, _, leaf = name.rpartition(".")
+            if leaf == "weight" and (module == self._head or module in self._linears):
+                bits = self.settings.head_bits if module == self._head else self.settings.attention_bits
+                format = self.settings.format(bits, _name(half))
+                outputs.append(_DenseOutput(name=module, source=name, shape=shape, dtype=half, format=format))
+                continue
+            # floating matrices are kept at 16 bits, vectors (norms, biases, corrections) as they are
+            dtype = half if group.dtype == torch.float32 and len(shape) > 1 else group.dtype
+            outputs.append(_DenseOutput(name=name, source=name, shape=shape, dtype=dtype, format=None))
+            if self._head is not None and self.checkpoint.tied.get(f"{self._head}.weight") == name:
+                format = self.settings.format(self.settings.head_bits, _name(half))
+                outputs.append(_DenseOutput(name=self._head, source=name, shape=shape, dtype=half, format=format))
+        return outputs
+
+    def _copy_sidecars(self) -> "dict[str, int]":
+        copied = {}
+        for pattern in _SIDECARS:
+            for path in sorted(self.checkpoint.folder.glob(pattern)):
+                if path.name.endswith(".index.json") or path.name == MANIFEST_NAME or not path.is_file():
+                    continue
+                shutil.copyfile(path, self.dst / path.name)
+                copied[path.name] = zlib.crc32(path.read_bytes())
+        return copied
+
+    def _manifest(self, done: "dict[str, list[int]]", sidecars: "dict[str, int]") -> Manifest:
+        files = {}
+        for file in self.files:
+            header = header_of(file.entries)[0]
+            files[file.name] = FileEntry(nbytes=file.nbytes, header_nbytes=len(header), header_crc32=zlib.crc32(header))
+        linears, tensors = [], []
+        for file, outputs in self.dense:
+            offsets = header_of(file.entries)[1]
+            for output, crc32 in zip(outputs, done[file.name], strict=True):
+                place: dict[str, Any] = {
+                    "file": file.name, "offset": offsets[output.name], "nbytes": output.entry.nbytes, "crc32": crc32
+                }  # fmt: skip
+                if output.format is not None:
+                    rows, cols = output.shape
+                    linears.append(LinearEntry(module=output.name, rows=rows, cols=cols, format=output.format, **place))
+                else:
+                    tensors.append(
+                        TensorEntry(name=output.name, dtype=_name(output.dtype), shape=output.shape, **place)
+                    )
+        served = {f"{entry.module}.weight" for entry in linears}
+        return Manifest(
+            architecture=type(self.checkpoint.model).__name__,
+            model_type=self.checkpoint.config.model_type,
+            settings=dataclasses.asdict(self.settings),
+            source=self.source,
+            files=files,
+            sidecars=sidecars,
+            experts=tuple(
+                dataclasses.replace(entry, crc32=tuple(done[file.name])) for file, entry in self.experts
+            ),
+            linears=tuple(linears),
+            tensors=tuple(tensors),
+            tied={name: other for name, other in self.checkpoint.tied.items() if name not in served},
+        )
+
+
+def _bytes_of(tensor: torch.Tensor, output: _DenseOutput) -> memoryview:
+    if output.format is not None:
+        packed = torch.zeros(output.entry.nbytes, dtype=torch.uint8)
+        quantize_into(tensor, output.format, packed)
+        return memoryview(packed.numpy())
+    plain = tensor.to(output.dtype).contiguous().view(-1)
+    return memoryview(plain.view(torch.uint8).numpy() if plain.numel() else torch.empty(0, dtype=torch.uint8).numpy())
+
+
+def _half(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit dtype a float tensor is kept in: its own, or bfloat16."""
+    return dtype if dtype == torch.float16 else torch.bfloat16
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """Identifies the source by the names, shapes, offsets and file sizes of its tensors, not by reading it all."""
+    digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
+    for name, info in sorted(checkpoint.shards.tensors.items()):
+        digest.update(f"{name} {info.path.name} {info.dtype} {info.shape} {info.offset}\n".encode())
+    return digest.hexdigest()

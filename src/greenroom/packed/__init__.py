@@ -1,0 +1,36 @@
+"""The packed model on disk: docs/format.md in code.
+
+Covers: the manifest (`manifest`), writing files so that a kill loses at most one of them (`writer`), reading and
+verifying them (`reader`). Does not cover: what the bytes of a record mean (see `greenroom.quant`), which experts
+deserve memory.
+"""
+
+from greenroom.packed.manifest import (
+    MANIFEST_NAME,
+    RECORD_ALIGNMENT,
+    ExpertsEntry,
+    FileEntry,
+    LinearEntry,
+    Manifest,
+    RecordTensor,
+    TensorEntry,
+)
+from greenroom.packed.reader import PackedModel
+from greenroom.packed.writer import Entry, Journal, header_of, replace_text, write_file
+
+__all__ = [
+    "MANIFEST_NAME",
+    "RECORD_ALIGNMENT",
+    "Entry",
+    "ExpertsEntry",
+    "FileEntry",
+    "Journal",
+    "LinearEntry",
+    "Manifest",
+    "PackedModel",
+    "RecordTensor",
+    "TensorEntry",
+    "header_of",
+    "replace_text",
+    "write_file",
+]

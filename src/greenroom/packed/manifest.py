@@ -1,0 +1,155 @@
+"""The manifest: one JSON file that says what every byte of a packed model is."""
+
+import dataclasses
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from greenroom.errors import PackedModelError
+from greenroom.quant import Format, Layout
+
+MANIFEST_NAME = "greenroom.json"
+VERSION = 1
+RECORD_ALIGNMENT = 4096
+"""Records start at and are padded to multiples of this many bytes: what direct I/O asks for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordTensor:
+    """One parameter inside an expert's record, at `offset` bytes. A bias is a 16-bit row."""
+
+    name: str
+    rows: int
+    cols: int
+    offset: int
+    format: Format
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed tensor."""
+        return Layout(self.rows, self.cols, self.format).nbytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsEntry:
+    """One MoE layer: expert e is the `record_nbytes` bytes at `offset + e * record_nbytes` of `file`."""
+
+    module: str
+    num_experts: int
+    file: str
+    offset: int
+    record_nbytes: int
+    tensors: "tuple[RecordTensor, ...]"
+    crc32: "tuple[int, ...]"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearEntry:
+    """One packed dense linear: `nbytes` bytes at `offset` of `file`, laid out by `format`."""
+
+    module: str
+    file: str
+    offset: int
+    nbytes: int
+    rows: int
+    cols: int
+    format: Format
+    crc32: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """One plain tensor (norm, router, embedding, bias): raw values of `dtype` (a torch name)."""
+
+    name: str
+    file: str
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: "tuple[int, ...]"
+    crc32: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """A weight file: its size, and the checksum of its first `header_nbytes` bytes (the safetensors header)."""
+
+    nbytes: int
+    header_nbytes: int
+    header_crc32: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a packed model that is not a weight."""
+
+    architecture: str
+    model_type: str
+    settings: "dict[str, Any]"
+    source: "dict[str, Any]"
+    files: "dict[str, FileEntry]"
+    sidecars: "dict[str, int]"
+    """configuration and tokenizer files → crc32"""
+    experts: "tuple[ExpertsEntry, ...]"
+    linears: "tuple[LinearEntry, ...]"
+    tensors: "tuple[TensorEntry, ...]"
+    tied: "dict[str, str]"
+    """tied weight → the weight it shares"""
+
+    def to_json(self) -> str:
+        """The manifest as text, with sorted keys so that equal models have equal files."""
+        body = {"format": "greenroom", "version": VERSION, **dataclasses.asdict(self)}
+        return json.dumps({**body, "crc32": _checksum(body)}, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read `folder`'s manifest. Raises PackedModelError where it is missing, foreign, newer or damaged."""
+        path = folder / MANIFEST_NAME
+        if not path.is_file():
+            raise PackedModelError(f"{folder} is no packed model (no {MANIFEST_NAME}): run greenroom pack first")
+        try:
+            body = json.loads(path.read_text())
+            crc32 = body.pop("crc32", None)
+            intact = crc32 == _checksum(body)
+            kind, version = body.pop("format"), body.pop("version")
+            if kind != "greenroom" or version != VERSION:
+                raise PackedModelError(
+                    f"{path} has format {kind!r} version {version!r}, this greenroom reads version {VERSION}: pack again"
+                )
+            if not intact:
+                raise PackedModelError(f"{path} is corrupted (its checksum does not match): pack the model again")
+            return cls._parse(body)
+        except PackedModelError:
+            raise
+        except Exception as error:  # any shape of damage: the file is outside our control
+            raise PackedModelError(f"{path} is damaged ({type(error).__name__}: {error}): pack the model again") from error
+
+    @classmethod
+    def _parse(cls, body: "dict[str, Any]") -> "Manifest":
+        experts = [_experts_entry(entry) for entry in body.pop("experts")]
+        linears = [LinearEntry(**{**entry, "format": Format.from_json(entry["format"])}) for entry in body.pop("linears")]
+        tensors = [TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in body.pop("tensors")]
+        files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
+        manifest = cls(files=files, experts=tuple(experts), linears=tuple(linears), tensors=tuple(tensors), **body)
+        manifest._check_extents()
+        return manifest
+
+    def _check_extents(self) -> None:
+        extents = [(e.file, e.offset, e.record_nbytes * e.num_experts) for e in self.experts]
+        extents += [(entry.file, entry.offset, entry.nbytes) for entry in (*self.linears, *self.tensors)]
+        for file, offset, nbytes in extents:
+            if Path(file).name != file or offset < 0 or nbytes < 0 or offset + nbytes > self.files[file].nbytes:
+                raise ValueError(f"bytes {offset}+{nbytes} lie outside {file!r}")
+
+
+def _checksum(body: "dict[str, Any]") -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _experts_entry(entry: "dict[str, Any]") -> ExpertsEntry:
+    tensors = tuple(RecordTensor(**{**t, "format": Format.from_json(t["format"])}) for t in entry["tensors"])
+    made = ExpertsEntry(**{**entry, "tensors": tensors, "crc32": tuple(entry["crc32"])})
+    if len(made.crc32) != made.num_experts or any(t.offset + t.nbytes > made.record_nbytes for t in tensors):
+        raise ValueError(f"the records of {made.module} do not add up")
+    return made

@@ -1,0 +1,91 @@
+"""Open a packed model: sizes are checked at once, checksums whenever a record is read or verified."""
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from greenroom.errors import PackedModelError
+from greenroom.packed.manifest import LinearEntry, Manifest, TensorEntry
+from greenroom.progress import Progress
+
+
+class PackedModel:
+    """A packed model's folder and manifest.
+
+    Raises PackedModelError at construction where a file is missing, truncated or of another size than the manifest
+    says. Reading a damaged record raises it too: a wrong byte never becomes a wrong token.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        for name, entry in self.manifest.files.items():
+            path, size = folder / name, entry.nbytes
+            if not path.is_file():
+                raise PackedModelError(f"{folder} lacks {name}: pack the model again")
+            if path.stat().st_size != size:
+                raise PackedModelError(f"{path} has {path.stat().st_size} bytes instead of {size}: pack the model again")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files the manifest lists."""
+        return sum(entry.nbytes for entry in self.manifest.files.values())
+
+    def read_linear(self, entry: LinearEntry) -> torch.Tensor:
+        """The packed bytes of a dense linear, uint8 [nbytes]."""
+        return self._read(entry.file, entry.offset, entry.nbytes, entry.crc32, entry.module)
+
+    def read_tensor(self, entry: TensorEntry) -> torch.Tensor:
+        """A plain tensor in its stored dtype."""
+        raw = self._read(entry.file, entry.offset, entry.nbytes, entry.crc32, entry.name)
+        return raw.view(getattr(torch, entry.dtype)).view(entry.shape)
+
+    def records(self) -> "Iterator[tuple[str, int, int, int, str]]":
+        """(file, offset, nbytes, crc32, what it is) of every checksummed piece, in file order."""
+        pieces = [
+            (e.file, e.offset + i * e.record_nbytes, e.record_nbytes, e.crc32[i], f"expert {i} of {e.module}")
+            for e in self.manifest.experts
+            for i in range(e.num_experts)
+        ]
+        pieces += [(e.file, e.offset, e.nbytes, e.crc32, e.module) for e in self.manifest.linears]
+        pieces += [(e.file, e.offset, e.nbytes, e.crc32, e.name) for e in self.manifest.tensors]
+        pieces += [(f, 0, e.header_nbytes, e.header_crc32, "the header") for f, e in self.manifest.files.items()]
+        return iter(sorted(pieces))
+
+    def verify(self, progress: "Progress | None" = None) -> "list[str]":
+        """Read everything and compare checksums; one line per damaged record, none if all is well."""
+        damaged = []
+        for name, crc32 in self.manifest.sidecars.items():
+            path = self.folder / name
+            if not path.is_file() or zlib.crc32(path.read_bytes()) != crc32:
+                damaged.append(f"{path} is missing or not what was packed: pack the model again")
+        for file, offset, nbytes, crc32, what in self.records():
+            try:
+                self._read(file, offset, nbytes, crc32, what)
+            except PackedModelError as error:
+                damaged.append(str(error))
+            if progress is not None:
+                progress.advance(nbytes)
+        return damaged
+
+    def _read(self, file: str, offset: int, nbytes: int, crc32: int, what: str) -> torch.Tensor:
+        raw = torch.empty(nbytes, dtype=torch.uint8)
+        view, done = memoryview(raw.numpy()), 0
+        with (self.folder / file).open("rb", buffering=0) as handle:
+            while done < nbytes:
+                count = os.preadv(handle.fileno(), [view[done:]], offset + done)
+                if count == 0:
+                    raise PackedModelError(f"{self.folder / file} ended at byte {offset + done}: pack the model again")
+                done += count
+            os.posix_fadvise(handle.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
+        check(self.folder / file, view, crc32, what)
+        return raw
+
+
+def check(path: Path, data: memoryview, crc32: int, what: str) -> None:
+    """Raise PackedModelError unless `data` has the checksum `crc32`."""
+    if zlib.crc32(data) != crc32:
+        raise PackedModelError(f"{path}: {what} is corrupted (its checksum does not match): pack the model again")

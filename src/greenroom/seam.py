@@ -1,0 +1,272 @@
+"""What greenroom knows of transformers' modelling internals; no other file touches them.
+
+transformers ≥ 5 sends the experts of 64 modelling files through one seam: modules decorated with
+`use_experts_implementation` call `fn(module, hidden_states, top_k_index, top_k_weights)`, `fn` being registered by
+name in `ALL_EXPERTS_FUNCTIONS`. This file finds those modules, says what their tensors mean, and finds what stays
+dense: linears, routers, the output head. Unknown combinations are refused here, before a byte is packed.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from greenroom.errors import CheckpointError, UnsupportedModelError
+
+IMPLEMENTATION = "greenroom"
+"""Name of our function in `ALL_EXPERTS_FUNCTIONS`."""
+
+_SEAM_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertParameter:
+    """One fused parameter of an experts module, seen for a single expert.
+
+    `rows` × `cols` is (out_features, in_features) for a matrix and 1 × features for a bias; `transposed` says that
+    transformers stores the matrix as (in_features, out_features).
+    """
+
+    name: str
+    rows: int
+    cols: int
+    is_bias: bool
+    transposed: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsModule:
+    """A module behind the seam: `name` is its path, e.g. `model.layers.3.mlp.experts`."""
+
+    name: str
+    num_experts: int
+    parameters: tuple[ExpertParameter, ...]
+
+
+def register(function: Callable[..., torch.Tensor]) -> None:
+    """Register `function(module, hidden_states, top_k_index, top_k_weights)` under `IMPLEMENTATION`."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, function)
+
+
+def load_config(folder: Path) -> Any:
+    """The transformers config of a local model folder.
+
+    Raises CheckpointError where there is none, UnsupportedModelError for an unknown model type.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json: give a Hugging Face model folder or a hub id")
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}): fetch the checkpoint again") from error
+    if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise UnsupportedModelError(f"{folder}: {raw.get('model_type')} runs custom code, which greenroom does not")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UnsupportedModelError(
+            f"{path}: transformers {transformers.__version__} cannot read this configuration ({reason})"
+        ) from error
+
+
+def model_class(config: Any) -> Any:
+    """The class that `config.architectures` names, else the one AutoModelForCausalLM would take."""
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) in mapping:
+        return mapping[type(config)]
+    raise UnsupportedModelError(
+        f"no model class for architectures={getattr(config, 'architectures', None)} "
+        f"(model_type {config.model_type}) in transformers {transformers.__version__}"
+    )
+
+
+def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The model on the meta device: every module and shape, no bytes."""
+    config = copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with torch.device("meta"), quiet():
+        return model_class(config)._from_config(config, dtype=dtype).eval()
+
+
+def experts_modules(model: Any) -> list[ExpertsModule]:
+    """All modules behind the seam, in order of the model's layers.
+
+    Raises UnsupportedModelError where there is none, or a module has parameters that are not understood.
+    """
+    found = [
+        _describe(name, module)
+        for name, module in model.named_modules()
+        if all(hasattr(module, flag) for flag in _SEAM_FLAGS)
+    ]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no experts behind transformers' experts seam: it is dense, or of a family that "
+            f"transformers {transformers.__version__} does not route through it; there is nothing to offload"
+        )
+    return found
+
+
+def _describe(name: str, module: nn.Module) -> ExpertsModule:
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    matrices = (first, "down_proj")
+    biases = tuple(f"{matrix}_bias" for matrix in matrices) if module.has_bias else ()
+    own = dict(module.named_parameters(recurse=False))
+    children = {child for child, _ in module.named_children()} - {"act_fn"}
+    allowed_children = {"post_expert_norm"} if module.has_post_expert_norm else set()
+    if own.keys() != {*matrices, *biases} or any(True for child in children - allowed_children
+                                                 if any(True for _ in getattr(module, child).parameters())):
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) has parameters {sorted(own)} and submodules {sorted(children)}, where "
+            f"greenroom understands {sorted({*matrices, *biases})}: please report this family"
+        )
+    if any(own[matrix].ndim != 3 for matrix in matrices):
+        raise UnsupportedModelError(f"{name}: expected stacked [experts, out, in] weights")
+    parameters = [_matrix(matrix, own[matrix].shape, module.is_transposed) for matrix in matrices]
+    parameters += [
+        ExpertParameter(name=bias, rows=1, cols=own[bias].shape[1], is_bias=True, transposed=False) for bias in biases
+    ]
+    return ExpertsModule(name=name, num_experts=own["down_proj"].shape[0], parameters=tuple(parameters))
+
+
+def _matrix(name: str, shape: torch.Size, transposed: bool) -> ExpertParameter:
+    rows, cols = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
+    return ExpertParameter(name=name, rows=rows, cols=cols, is_bias=False, transposed=transposed)
+
+
+def output_head(model: Any) -> "str | None":
+    """Path of the plain linear that makes the logits, or None."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return None
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def packable_linears(model: Any, experts: list[ExpertsModule]) -> list[str]:
+    """Paths of the plain linears of the decoder stack that run from packed bits: attention, shared and dense MLPs.
+
+    Left at 16 bits: routers and shared-expert gates (they decide, they hardly weigh), and everything outside the
+    layers that hold experts, such as vision towers.
+    """
+    stacks = {_stack(module.name) for module in experts}
+    widths = {_block(module.name): module.num_experts for module in experts}
+    names = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{stack}.") for stack in stacks)
+        if type(module) is nn.Linear and inside and not _decides(name, module, widths):
+            names.append(name)
+    return names
+
+
+def _stack(path: str) -> str:
+    """`model.layers` of `model.layers.3.mlp.experts`: the path up to the first index."""
+    parts = path.split(".")
+    index = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[:index])
+
+
+def _block(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _decides(name: str, linear: nn.Linear, widths: "dict[str, int]") -> bool:
+    """Whether a linear is a router or a gate: inside an MoE block, as wide as its experts or one scalar."""
+    for block, num_experts in widths.items():
+        if name.startswith(f"{block}."):
+            parts = name[len(block) + 1 :].split(".")
+            routes = any("router" in part or part == "gate" for part in parts)
+            return routes or linear.out_features in (1, num_experts, num_experts + 1)
+    return False
+
+
+def router_weight(model: Any, experts: ExpertsModule) -> "tuple[str, str | None] | None":
+    """Names of the gate's weight [num_experts, hidden] and of its correction bias [num_experts], if it is plain.
+
+    Found by shape next to the experts, so that prefetching needs no per-family code; None where it is ambiguous.
+    """
+    block = _block(experts.name)
+    hidden = next(parameter.cols for parameter in experts.parameters if not parameter.is_bias)
+    weights, biases = [], []
+    for name, tensor in _tensors(model.get_submodule(block)):
+        if name.startswith(f"{experts.name.rpartition('.')[2]}."):
+            continue
+        if tuple(tensor.shape) == (experts.num_experts, hidden):
+            weights.append(f"{block}.{name}")
+        elif tuple(tensor.shape) == (experts.num_experts,) and "correction_bias" in name:
+            biases.append(f"{block}.{name}")
+    return (weights[0], biases[0] if len(biases) == 1 else None) if len(weights) == 1 else None
+
+
+def _tensors(module: nn.Module) -> "Iterator[tuple[str, torch.Tensor]]":
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def serve_experts(model: Any, experts: list[ExpertsModule]) -> None:
+    """Send the model's experts through our function and drop their (meta) parameters."""
+    model.set_experts_implementation(IMPLEMENTATION)
+    for spec in experts:
+        module = model.get_submodule(spec.name)
+        if module.config._experts_implementation != IMPLEMENTATION:
+            module.config._experts_implementation = IMPLEMENTATION
+        for parameter in spec.parameters:
+            del module._parameters[parameter.name]
+
+
+def materialize(model: Any, tensors: "dict[str, torch.Tensor]", ready: "set[str]", dtype: torch.dtype) -> None:
+    """Give the skeleton its dense weights, and its non-persistent buffers as transformers initialises them.
+
+    `tensors`: full names to values, used as they are. `ready`: names served otherwise (packed linears, experts, tied
+    weights), never initialised. What is in neither is initialised like transformers does for a missing key.
+    """
+    for name, value in tensors.items():
+        _set(model, name, value)
+    for name, tensor in list(_tensors(model)):
+        if name in ready:
+            tensor._is_hf_initialized = True
+        elif name not in tensors and tensor.is_meta:
+            _set(model, name, torch.empty_like(tensor, device="cpu"), initialised=False)
+    with torch.no_grad(), quiet():
+        model.initialize_weights()
+
+
+def _set(model: Any, name: str, value: torch.Tensor, initialised: bool = True) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = value = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[leaf] = value
+    value._is_hf_initialized = initialised
+
+
+def dtype_of(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype a dense tensor runs in: `dtype`, or float32 where the family insists on it."""
+    if any(pattern in name for pattern in model._get_dtype_plan(dtype)):
+        return torch.float32
+    return dtype
+
+
+@contextlib.contextmanager
+def quiet() -> "Iterator[None]":
+    """Silence transformers' own warnings while greenroom does what they warn about."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)

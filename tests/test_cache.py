@@ -1,0 +1,162 @@
+"""The pure cache core: invariants under any order of events, policies, and replay."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from greenroom.cache import POLICIES, ExpertCache, replay
+
+LAYERS, EXPERTS = 3, 6
+
+
+@st.composite
+def scenarios(draw):
+    shared = draw(st.booleans())
+    capacities = [draw(st.integers(0, 7))] if shared else [draw(st.integers(0, 4)) for _ in range(LAYERS)]
+    requests = draw(
+        st.lists(
+            st.tuples(
+                st.integers(0, LAYERS - 1),
+                st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=EXPERTS, unique=True),
+                st.lists(st.integers(0, EXPERTS - 1), max_size=3, unique=True),
+            ),
+            max_size=25,
+        )
+    )
+    return capacities, draw(st.integers(1, 4)), draw(st.sampled_from(sorted(POLICIES))), requests, draw(st.randoms())
+
+
+def make(capacities, staging, policy):
+    return ExpertCache(
+        layers=LAYERS, capacities=capacities, staging=staging, policy=POLICIES[policy], validate=True
+    )
+
+
+def drive(cache: ExpertCache, requests, rng: random.Random, guess: bool = True):
+    """A live run in miniature: reads finish in any order, guesses are right or wrong."""
+    reading, accesses = [], []
+    for layer, experts, guesses in requests:
+        access = cache.request(layer, experts)
+        accesses.append(access)
+        waiting = set(experts)
+        steps = 0
+        while waiting:
+            reading += cache.issue()
+            if guess:
+                cache.guess((layer + 1) % LAYERS, guesses)
+                reading += cache.issue()
+            ready = sorted(e for e in waiting if cache.ready(layer, e) is not None)
+            if reading and (not ready or rng.random() < 0.5):
+                cache.loaded(reading.pop(rng.randrange(len(reading))).buffer)
+            else:
+                expert = rng.choice(ready)
+                waiting.remove(expert)
+                cache.release(layer, expert)
+            steps += 1
+            assert steps < 1000, "no progress"
+        cache.finish()
+    return accesses
+
+
+@settings(max_examples=300, deadline=None)
+@given(scenarios())
+def test_every_request_is_served_whatever_the_order(scenario):
+    capacities, staging, policy, requests, rng = scenario
+    cache = make(capacities, staging, policy)
+    accesses = drive(cache, requests, rng)
+    for access, (layer, experts, _) in zip(accesses, requests, strict=True):
+        found = [*access.hits, *access.prefetched, *access.late, *access.misses]
+        assert sorted(found) == sorted((layer, expert) for expert in experts)
+
+
+@settings(max_examples=300, deadline=None)
+@given(scenarios())
+def test_a_replay_has_the_hits_of_the_live_run(scenario):
+    """Guesses, and the order in which reads finish, never change which experts are resident."""
+    capacities, staging, policy, requests, rng = scenario
+    live = drive(make(capacities, staging, policy), requests, rng)
+    again = replay(make(capacities, staging, policy), [(layer, experts) for layer, experts, _ in requests])
+    assert [set(a.hits) for a in live] == [set(a.hits) for a in again]
+
+
+@settings(max_examples=100, deadline=None)
+@given(scenarios(), st.integers(0, 3))
+def test_an_aborted_access_loses_no_buffer(scenario, started):
+    capacities, staging, policy, requests, rng = scenario
+    cache = make(capacities, staging, policy)
+    reading = []
+    for layer, experts, _ in requests:
+        cache.request(layer, experts)
+        reading += cache.issue()
+        for _ in range(min(started, len(reading))):
+            cache.loaded(reading.pop().buffer)
+        cache.abort()
+    while reading:
+        cache.loaded(reading.pop().buffer)
+    drive(cache, requests, rng)
+
+
+def brute_force_lru(capacity, requests):
+    """Negative-control-free oracle: an LRU written the obvious way, as sets per request."""
+    order, hits = [], []
+    for experts in requests:
+        hits.append({e for e in experts if e in order})
+        for expert in experts:
+            if expert in order:
+                order.remove(expert)
+            order.append(expert)
+        order = order[-capacity:] if capacity else []
+    return hits
+
+
+@given(st.integers(0, 5), st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True), max_size=40))
+def test_lru_equals_the_obvious_one(capacity, requests):
+    cache = ExpertCache(layers=1, capacities=[capacity], staging=1, validate=True)
+    found = replay(cache, [(0, experts) for experts in requests])
+    assert [{e for _, e in a.hits} for a in found] == brute_force_lru(capacity, requests)
+
+
+def test_the_comparison_can_fail():
+    """Negative control: one slot more gives other hits on a cyclic trace."""
+    requests = [(0, [i % 3]) for i in range(12)]
+    hits = {
+        capacity: sum(len(a.hits) for a in replay(ExpertCache(layers=1, capacities=[capacity], staging=1), requests))
+        for capacity in (2, 3)
+    }
+    assert hits == {2: 0, 3: 9}
+
+
+def test_lfu_declines_to_cache_a_passer_by():
+    cache = ExpertCache(layers=1, capacities=[1], staging=1, policy=POLICIES["lfu"], validate=True)
+    accesses = replay(cache, [(0, [e]) for e in (1, 1, 1, 2, 1)])
+    assert [len(a.hits) for a in accesses] == [0, 1, 1, 0, 1]
+
+
+def test_guesses_wait_for_demand_and_take_no_slot():
+    cache = ExpertCache(layers=2, capacities=[1, 1], staging=2, validate=True)
+    cache.guess(1, [0, 1, 2])
+    first = cache.issue()
+    assert [load.speculative for load in first] == [True, True]  # never more than the staging buffers
+    cache.loaded(first[0].buffer)
+    cache.request(1, [first[0].key[1], 5])
+    loads = cache.issue()
+    assert [load.key for load in loads if not load.speculative] == [(1, 5)]
+    assert cache.counters.prefetched == 1 and cache.counters.misses == 1
+
+
+def test_late_guess_is_not_read_twice():
+    cache = ExpertCache(layers=1, capacities=[2], staging=1, validate=True)
+    cache.guess(0, [3])
+    (load,) = cache.issue()
+    access = cache.request(0, [3])
+    assert access.late == ((0, 3),) and cache.issue() == []
+    cache.loaded(load.buffer)
+    assert cache.ready(0, 3) == load.buffer
+
+
+@pytest.mark.parametrize("capacities,staging", [([1, 1], 1), ([-1], 1), ([1], 0)])
+def test_bad_settings(capacities, staging):
+    with pytest.raises(ValueError):
+        ExpertCache(layers=3, capacities=capacities, staging=staging)
