@@ -36,6 +36,8 @@ class EngineSettings:
 
     `ram`: bytes for everything the process holds, or None for what the machine has to spare.
     `experts_per_layer`: slots per layer (the paper's k); overrides what `ram` would give.
+    `expert_budget`: bytes for slots alone, shared by all layers. `policy`: an eviction policy, per layer, or over all
+    layers at once with the suffix `-shared`.
     `staging`: buffers beside the slots, for guesses and for experts that get no slot (the paper's b).
     `prefetch`: experts guessed per token and layer ahead; `lookahead`: how many layers ahead.
     `context`: tokens of KV cache to reserve memory for. `readers`: reads in flight.
@@ -43,6 +45,7 @@ class EngineSettings:
 
     ram: "int | None" = None
     experts_per_layer: "int | None" = None
+    expert_budget: "int | None" = None
     policy: str = "lru"
     staging: int = 4
     prefetch: int = 0
@@ -54,7 +57,7 @@ class EngineSettings:
     def __post_init__(self) -> None:
         _at_least(1, ram=self.ram, staging=self.staging, lookahead=self.lookahead, context=self.context)
         _at_least(1, readers=self.readers)
-        _at_least(0, experts_per_layer=self.experts_per_layer, prefetch=self.prefetch)
+        _at_least(0, expert_budget=self.expert_budget, experts_per_layer=self.experts_per_layer, prefetch=self.prefetch)
 
 
 def _at_least(least: int, **values: "int | None") -> None:

@@ -28,6 +28,10 @@ IMPLEMENTATION = "greenroom"
 _SEAM_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 
 
+ServeExperts = Callable[[int, nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, experts module, hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k]) → [T, H]"""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertParameter:
     """One fused parameter of an experts module, seen for a single expert.
@@ -52,9 +56,17 @@ class ExpertsModule:
     parameters: tuple[ExpertParameter, ...]
 
 
-def register(function: Callable[..., torch.Tensor]) -> None:
-    """Register `function(module, hidden_states, top_k_index, top_k_weights)` under `IMPLEMENTATION`."""
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, function)
+def _forward(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Our function behind the seam: hand the call to whoever serves this model's experts."""
+    out: torch.Tensor = module.greenroom_serve(
+        module.greenroom_layer, module, hidden_states, top_k_index, top_k_weights
+    )
+    return out
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
 
 
 def load_config(folder: Path) -> Any:
@@ -193,65 +205,81 @@ def _decides(name: str, linear: nn.Linear, widths: "dict[str, int]") -> bool:
     return False
 
 
-def router_weight(model: Any, experts: ExpertsModule) -> "tuple[str, str | None] | None":
-    """Names of the gate's weight [num_experts, hidden] and of its correction bias [num_experts], if it is plain.
+def router(model: Any, experts: str, num_experts: int, hidden: int) -> "tuple[torch.Tensor, torch.Tensor | None] | None":
+    """The gate's weight [num_experts, hidden] and correction bias [num_experts] beside the module `experts`.
 
-    Found by shape next to the experts, so that prefetching needs no per-family code; None where it is ambiguous.
+    Found by shape, so that prefetching needs no per-family code; None where that is ambiguous.
     """
-    block = _block(experts.name)
-    hidden = next(parameter.cols for parameter in experts.parameters if not parameter.is_bias)
-    weights, biases = [], []
-    for name, tensor in _tensors(model.get_submodule(block)):
-        if name.startswith(f"{experts.name.rpartition('.')[2]}."):
-            continue
-        if tuple(tensor.shape) == (experts.num_experts, hidden):
-            weights.append(f"{block}.{name}")
-        elif tuple(tensor.shape) == (experts.num_experts,) and "correction_bias" in name:
-            biases.append(f"{block}.{name}")
+    block = model.get_submodule(_block(experts))
+    beside = [(name, value) for name, value in tensors(block) if not name.startswith(experts.rpartition(".")[2] + ".")]
+    weights = [value for _, value in beside if tuple(value.shape) == (num_experts, hidden)]
+    biases = [value for name, value in beside if "correction_bias" in name and tuple(value.shape) == (num_experts,)]
     return (weights[0], biases[0] if len(biases) == 1 else None) if len(weights) == 1 else None
 
 
-def _tensors(module: nn.Module) -> "Iterator[tuple[str, torch.Tensor]]":
+def tensors(module: nn.Module) -> "Iterator[tuple[str, torch.Tensor]]":
+    """All parameters and buffers by name."""
     yield from module.named_parameters()
     yield from module.named_buffers()
 
 
-def serve_experts(model: Any, experts: list[ExpertsModule]) -> None:
-    """Send the model's experts through our function and drop their (meta) parameters."""
+def serve_experts(model: Any, experts: "list[ExpertsModule]", layers: "dict[str, int]", serve: ServeExperts) -> None:
+    """Send the model's experts through `serve` as layers `layers[module name]`, and drop their (meta) parameters."""
     model.set_experts_implementation(IMPLEMENTATION)
     for spec in experts:
         module = model.get_submodule(spec.name)
-        if module.config._experts_implementation != IMPLEMENTATION:
+        if module.config._experts_implementation != IMPLEMENTATION:  # some modules hold a copy of the config
             module.config._experts_implementation = IMPLEMENTATION
         for parameter in spec.parameters:
             del module._parameters[parameter.name]
+        module.greenroom_layer, module.greenroom_serve = layers[spec.name], serve
 
 
-def materialize(model: Any, tensors: "dict[str, torch.Tensor]", ready: "set[str]", dtype: torch.dtype) -> None:
+def materialize(model: Any, values: "dict[str, torch.Tensor]", served: "set[str]") -> None:
     """Give the skeleton its dense weights, and its non-persistent buffers as transformers initialises them.
 
-    `tensors`: full names to values, used as they are. `ready`: names served otherwise (packed linears, experts, tied
-    weights), never initialised. What is in neither is initialised like transformers does for a missing key.
+    `values`: full names to values, used as they are. `served`: names that are replaced later (packed linears, experts,
+    tied weights) and stay on the meta device. What is in neither is initialised like transformers does for a key that
+    a checkpoint lacks.
     """
-    for name, value in tensors.items():
+    for name, value in values.items():
         _set(model, name, value)
-    for name, tensor in list(_tensors(model)):
-        if name in ready:
-            tensor._is_hf_initialized = True
-        elif name not in tensors and tensor.is_meta:
+    for name, tensor in list(tensors(model)):
+        if name in served:
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        elif name not in values and tensor.is_meta:
             _set(model, name, torch.empty_like(tensor, device="cpu"), initialised=False)
     with torch.no_grad(), quiet():
         model.initialize_weights()
+
+
+def replace(model: Any, path: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule at `path`."""
+    parent, _, leaf = path.rpartition(".")
+    model.get_submodule(parent)._modules[leaf] = module.eval()
+
+
+def share(model: Any, name: str, other: str) -> None:
+    """Tie the weight `name` to the weight `other`."""
+    _set(model, name, tensor(model, other))
+
+
+def tensor(model: Any, name: str) -> torch.Tensor:
+    """The parameter or buffer called `name`."""
+    path, _, leaf = name.rpartition(".")
+    value: torch.Tensor = getattr(model.get_submodule(path), leaf)
+    return value
 
 
 def _set(model: Any, name: str, value: torch.Tensor, initialised: bool = True) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:
-        module._parameters[leaf] = value = nn.Parameter(value, requires_grad=False)
+        value = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        module._parameters[leaf] = value
     else:
         module._buffers[leaf] = value
-    value._is_hf_initialized = initialised
+    value._is_hf_initialized = initialised  # type: ignore[attr-defined]
 
 
 def dtype_of(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:

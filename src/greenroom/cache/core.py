@@ -117,17 +117,21 @@ class ExpertCache:
         self._queue = _Queue()
         self._active: set[Key] = set()  # requested and not yet released
 
-    def request(self, layer: int, experts: Sequence[int]) -> Access:
-        """Ask for distinct `experts` of `layer` at once, least valuable first. Ends with `finish`."""
+    def request(self, layer: int, experts: Sequence[int], valued: "Sequence[int] | None" = None) -> Access:
+        """Ask for distinct `experts` of `layer` at once, in the order they will be computed. Ends with `finish`.
+
+        `valued`: the same experts, least valuable first, for the policy; the order of computing by default.
+        """
         assert not self._active, "finish the previous access first"
         needed = [(layer, expert) for expert in experts]
         self._drop_guesses(layer, keep=set(needed))
         access = self._classify(needed)
         group = self._group(layer)
+        ranked = needed if valued is None else [(layer, expert) for expert in valued]
         self._active = set(needed)
         before = self._resident[group]
         # after an aborted access the policy may still believe in keys whose read never finished
-        after = {key for key in self._policies[group].update(needed) if key in self._active or key in self._held}
+        after = {key for key in self._policies[group].update(ranked) if key in self._active or key in self._held}
         self._resident[group] = after
         for key in needed:
             self._guessed.pop(key, None)

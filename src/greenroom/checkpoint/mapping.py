@@ -58,12 +58,12 @@ class Checkpoint:
         self.config = seam.load_config(folder)
         _refuse_quantized(folder, self.config)
         self.model = seam.skeleton(self.config)
-        self.experts = seam.experts_modules(self.model)
+        experts = seam.experts_modules(self.model)
         self.shards = Shards(folder)
         self._state: dict[str, torch.Tensor] = self.model.state_dict()
         self._parameters = {
             f"{module.name}.{parameter.name}": (module, parameter)
-            for module in self.experts
+            for module in experts
             for parameter in module.parameters
         }
         routes = self._map()
@@ -72,6 +72,8 @@ class Checkpoint:
         }
         self._dense_routes = [route for route in routes if route.target not in self._parameters]
         self.tied = self._check_complete(routes)
+        self.experts = [module for module in experts if f"{module.name}.down_proj" not in self.tied]
+        """modules with experts of their own; the others share those of one of these"""
         self._check_experts()
 
     @property
@@ -168,6 +170,8 @@ class Checkpoint:
     def _check_experts(self) -> None:
         """Every expert of every module has its tensors, before hours of packing start."""
         for target, (module, _) in self._parameters.items():
+            if target in self.tied:
+                continue
             for names in self._by_pattern(self._expert_routes[target]).values():
                 self._select(self._expert_routes[target], names, target, module.num_experts, 0)
 

@@ -15,7 +15,7 @@ from greenroom.packed.manifest import (
     RecordTensor,
     TensorEntry,
 )
-from greenroom.packed.reader import PackedModel
+from greenroom.packed.reader import PackedModel, check_bytes
 from greenroom.packed.writer import Entry, Journal, header_of, replace_text, write_file
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "PackedModel",
     "RecordTensor",
     "TensorEntry",
+    "check_bytes",
     "header_of",
     "replace_text",
     "write_file",

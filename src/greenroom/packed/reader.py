@@ -81,11 +81,11 @@ class PackedModel:
                     raise PackedModelError(f"{self.folder / file} ended at byte {offset + done}: pack the model again")
                 done += count
             os.posix_fadvise(handle.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
-        check(self.folder / file, view, crc32, what)
+        check_bytes(self.folder / file, view, crc32, what)
         return raw
 
 
-def check(path: Path, data: memoryview, crc32: int, what: str) -> None:
+def check_bytes(path: Path, data: memoryview, crc32: int, what: str) -> None:
     """Raise PackedModelError unless `data` has the checksum `crc32`."""
     if zlib.crc32(data) != crc32:
         raise PackedModelError(f"{path}: {what} is corrupted (its checksum does not match): pack the model again")

@@ -1,0 +1,82 @@
+"""The composition root: the only place that constructs store, cache, transfer, prefetcher, runner and model."""
+
+import dataclasses
+import random
+from typing import Any
+
+import torch
+
+from greenroom import kernels, planner
+from greenroom.cache import POLICIES, ExpertCache
+from greenroom.config import EngineSettings
+from greenroom.machine import available_memory
+from greenroom.metrics import Metrics, process_memory
+from greenroom.model import build, routers
+from greenroom.packed import PackedModel
+from greenroom.prefetch import Prefetcher
+from greenroom.runner import ExpertRunner
+from greenroom.store import Arena, DiskStore, Store
+from greenroom.transfer import Transfer
+
+_SPARE = 0.9  # without a budget: the share of available memory that greenroom takes at most
+
+
+class Engine:
+    """A packed model that runs: `engine.model` is the transformers model.
+
+    Raises BudgetError where `settings` cannot hold it, PackedModelError where its files are damaged.
+    """
+
+    def __init__(
+        self,
+        packed: PackedModel,
+        settings: EngineSettings,
+        dtype: torch.dtype = torch.float32,
+        *,
+        store: "Store | None" = None,
+        shuffle: "random.Random | None" = None,
+    ) -> None:
+        policy = planner.check_policy(settings.policy, sorted(POLICIES))
+        self.packed, self.settings = packed, settings
+        before = process_memory()["anonymous"]
+        budget = settings.ram
+        if budget is None and settings.experts_per_layer is None:
+            budget = before + int(available_memory() * _SPARE)
+        self.model: Any = build(packed, dtype, self._serve)
+        self.plan = planner.make_plan(
+            packed.manifest,
+            self.model.config,
+            settings,
+            runtime=before,
+            budget=budget,
+            element_size=dtype.itemsize,
+        )
+        self._store = store if store is not None else DiskStore(packed)
+        arena = Arena(self.plan.slots + settings.staging, self.plan.record_nbytes)
+        self._transfer = Transfer(self._store, arena, settings.readers, shuffle.shuffle if shuffle else None)
+        self.runner = ExpertRunner(
+            entries=packed.manifest.experts,
+            cache=ExpertCache(
+                layers=len(packed.manifest.experts),
+                capacities=self.plan.capacities,
+                staging=settings.staging,
+                policy=POLICIES[policy],
+                validate=settings.validate,
+            ),
+            transfer=self._transfer,
+            arena=arena,
+            kernel=kernels.experts,
+            prefetcher=Prefetcher(routers(self.model, packed), settings.prefetch, settings.lookahead, settings.staging),
+        )
+
+    def _serve(self, layer: int, module: Any, x: Any, top_k_index: Any, top_k_weights: Any) -> torch.Tensor:
+        return self.runner(layer, module, x, top_k_index, top_k_weights)
+
+    def metrics(self) -> Metrics:
+        """A copy of the running totals."""
+        return dataclasses.replace(self.runner.metrics)
+
+    def close(self) -> None:
+        """Stop the reader threads and close the files; the model no longer runs."""
+        self._transfer.close()
+        self._store.close()

@@ -1,0 +1,18 @@
+"""Every environment variable greenroom reads.
+
+    GREENROOM_CACHE   folder for packed models and the demo      (default: the platform's cache directory)
+    XDG_CACHE_HOME    where that is on Linux                     (default: ~/.cache)
+"""
+
+import os
+import sys
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where greenroom keeps what it makes."""
+    if own := os.environ.get("GREENROOM_CACHE"):
+        return Path(own).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "greenroom"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "greenroom"

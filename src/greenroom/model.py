@@ -1,0 +1,140 @@
+"""A transformers model whose dense linears run from packed bits and whose experts are served from outside.
+
+Builds the model's skeleton, gives it the packed model's dense weights and leaves its experts to a function
+`serve(layer, module, hidden_states, top_k_index, top_k_weights)`. Does not know where experts come from.
+"""
+
+import mmap
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from greenroom import kernels, seam
+from greenroom.errors import PackedModelError
+from greenroom.packed import LinearEntry, PackedModel, TensorEntry
+from greenroom.prefetch import Router
+from greenroom.quant import dequantize
+
+
+class PackedLinear(nn.Module):
+    """A linear that multiplies from its packed bits: x [..., in_features] → [..., out_features]."""
+
+    def __init__(self, packed: torch.Tensor, entry: LinearEntry, dtype: torch.dtype, bias: "nn.Parameter | None") -> None:
+        super().__init__()
+        self.in_features, self.out_features = entry.cols, entry.rows
+        self.format, self._dtype = entry.format, dtype
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantised weight [out_features, in_features]: for modelling code that reads it instead of calling."""
+        return dequantize(self.packed, self.out_features, self.in_features, self.format, self._dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x @ weight.T + bias."""
+        flat = x.reshape(-1, self.in_features)
+        out = kernels.linear(flat, self.packed, self.out_features, self.in_features, self.format, self.bias)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format.name}"
+
+
+class MappedEmbedding(nn.Module):
+    """An embedding whose 16-bit rows stay in the packed file, mapped: a token touches one row of it."""
+
+    def __init__(self, packed: PackedModel, entry: TensorEntry, dtype: torch.dtype, padding_idx: "int | None") -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = entry.shape
+        self.padding_idx, self._dtype = padding_idx, dtype
+        self.register_buffer("weight", _map(packed, entry), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows [..., embedding_dim] of `ids`, in the model's dtype."""
+        return F.embedding(ids, self.weight).to(self._dtype)
+
+
+def _map(packed: PackedModel, entry: TensorEntry) -> torch.Tensor:
+    with (packed.folder / entry.file).open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    mapping.madvise(mmap.MADV_RANDOM)  # no readahead: one row a token is wanted
+    dtype = getattr(torch, entry.dtype)
+    count = entry.nbytes // dtype.itemsize
+    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=entry.offset).view(entry.shape)
+
+
+def build(packed: PackedModel, dtype: torch.dtype, serve: seam.ServeExperts) -> Any:
+    """The model of `packed`, in `dtype`, its experts served by `serve`.
+
+    Raises PackedModelError where the packed model and transformers' modelling code do not fit together.
+    """
+    manifest = packed.manifest
+    model = seam.skeleton(seam.load_config(packed.folder), dtype)
+    experts = seam.experts_modules(model)
+    layers = _layers_of(packed, experts)
+    embeddings = _embeddings(model, packed)
+    tensors = {
+        entry.name: _cast(packed.read_tensor(entry), seam.dtype_of(model, entry.name, dtype))
+        for entry in manifest.tensors
+        if entry.name not in embeddings
+    }
+    served = {f"{entry.module}.weight" for entry in manifest.linears} | embeddings.keys() | manifest.tied.keys()
+    served |= {f"{module.name}.{parameter.name}" for module in experts for parameter in module.parameters}
+    seam.materialize(model, tensors, served)
+    for name, other in manifest.tied.items():
+        if other in tensors:
+            seam.share(model, name, other)
+    for name, entry in embeddings.items():
+        path = name.removesuffix(".weight")
+        padding_idx = model.get_submodule(path).padding_idx
+        seam.replace(model, path, MappedEmbedding(packed, entry, dtype, padding_idx))
+    for linear in manifest.linears:
+        bias = model.get_submodule(linear.module)._parameters.get("bias")
+        seam.replace(model, linear.module, PackedLinear(packed.read_linear(linear), linear, dtype, bias))
+    seam.serve_experts(model, experts, layers, serve)
+    _check_nothing_is_left(model, packed)
+    return model
+
+
+def routers(model: Any, packed: PackedModel) -> "list[Router | None]":
+    """Each MoE layer's gate, for guessing; None where it is not a plain matrix."""
+    found = [seam.router(model, e.module, e.num_experts, e.tensors[0].cols) for e in packed.manifest.experts]
+    return [None if gate is None else Router(*gate) for gate in found]
+
+
+def _layers_of(packed: PackedModel, experts: "list[seam.ExpertsModule]") -> "dict[str, int]":
+    """Module name → index of its entry in the manifest; modules that share weights share the entry."""
+    index = {entry.module: number for number, entry in enumerate(packed.manifest.experts)}
+    layers = {}
+    for module in experts:
+        owner = packed.manifest.tied.get(f"{module.name}.down_proj", f"{module.name}.down_proj").rpartition(".")[0]
+        entry = packed.manifest.experts[index[owner]] if owner in index else None
+        shapes = None if entry is None else [(t.name, t.rows, t.cols) for t in entry.tensors]
+        wanted = [(parameter.name, parameter.rows, parameter.cols) for parameter in module.parameters]
+        if entry is None or entry.num_experts != module.num_experts or shapes != wanted:
+            raise PackedModelError(
+                f"{packed.folder}: the packed experts do not fit {module.name} of this transformers' "
+                f"{type(module).__name__}: pack the model again"
+            )
+        layers[module.name] = index[owner]
+    return layers
+
+
+def _embeddings(model: Any, packed: PackedModel) -> "dict[str, TensorEntry]":
+    """Plain embeddings that can stay in the file: weight name → entry."""
+    plain = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Embedding}
+    return {entry.name: entry for entry in packed.manifest.tensors if entry.name in plain and entry.offset % 2 == 0}
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _check_nothing_is_left(model: Any, packed: PackedModel) -> None:
+    left = [name for name, tensor in seam.tensors(model) if tensor.is_meta]
+    if left:
+        raise PackedModelError(f"{packed.folder} holds no weight for {left[0]}: pack the model again")

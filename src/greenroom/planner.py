@@ -1,0 +1,187 @@
+"""A memory plan: what a budget holds, how many experts get a slot, and whether it fits at all.
+
+Arithmetic over the manifest and the model's configuration; measures nothing itself.
+"""
+
+import dataclasses
+from typing import Any
+
+from greenroom.config import EngineSettings
+from greenroom.errors import BudgetError, ConfigError
+from greenroom.packed import Manifest
+from greenroom.sizes import format_bytes
+
+_KERNEL_NBYTES = 48 << 20  # dequantised tiles and their temporaries; see kernels.reference.TILE
+_PROMPT_CHUNK = 512  # tokens whose activations the working set reserves
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes by purpose, and slots by layer."""
+
+    budget: "int | None"
+    """what may be held in all; None without a limit"""
+    runtime: int
+    """Python, torch, transformers"""
+    dense: int
+    """weights that are not experts and are held in memory"""
+    mapped: int
+    """embeddings that stay on disk and cost a row a token"""
+    kv_cache: int
+    working_set: int
+    staging: int
+    record_nbytes: int
+    experts: "tuple[int, ...]"
+    """experts per MoE layer"""
+    capacities: "tuple[int, ...]"
+    """slots per MoE layer, or one number that all layers share"""
+
+    @property
+    def slots(self) -> int:
+        """Slots of all layers."""
+        return sum(self.capacities)
+
+    @property
+    def slots_nbytes(self) -> int:
+        """Bytes of all slots."""
+        return self.slots * self.record_nbytes
+
+    @property
+    def fixed(self) -> int:
+        """Everything but the slots."""
+        return self.runtime + self.dense + self.kv_cache + self.working_set + self.staging
+
+    @property
+    def total(self) -> int:
+        """What the process will hold."""
+        return self.fixed + self.slots_nbytes
+
+    @property
+    def resident_share(self) -> float:
+        """Share of all experts that have a slot."""
+        return self.slots / sum(self.experts)
+
+
+def make_plan(
+    manifest: Manifest, config: Any, settings: EngineSettings, *, runtime: int, budget: "int | None", element_size: int
+) -> Plan:
+    """Plan memory for a packed model.
+
+    `runtime`: bytes the process holds before any weight. `budget`: bytes for everything, or None. `element_size`: bytes
+    of one activation. Raises BudgetError, saying what would do, where the budget cannot hold the fixed parts.
+    """
+    experts = tuple(entry.num_experts for entry in manifest.experts)
+    record_nbytes = max(entry.record_nbytes for entry in manifest.experts)
+    dense, mapped = _dense_nbytes(manifest, element_size)
+    plan = Plan(
+        budget=budget,
+        runtime=runtime,
+        dense=dense,
+        mapped=mapped,
+        kv_cache=settings.context * kv_nbytes_per_token(config, element_size),
+        working_set=_working_set(manifest, config, element_size),
+        staging=settings.staging * record_nbytes,
+        record_nbytes=record_nbytes,
+        experts=experts,
+        capacities=(0,),
+    )
+    shared = settings.policy.endswith("-shared")
+    capacities = divide(_slots(plan, settings), experts)
+    return dataclasses.replace(plan, capacities=(sum(capacities),) if shared else capacities)
+
+
+def _slots(plan: Plan, settings: EngineSettings) -> int:
+    """Slots in all, by the most specific setting."""
+    wanted = sum(plan.experts)
+    if settings.experts_per_layer is not None:
+        wanted = sum(min(settings.experts_per_layer, count) for count in plan.experts)
+    elif settings.expert_budget is not None:
+        wanted = min(wanted, settings.expert_budget // plan.record_nbytes)
+    if plan.budget is None:
+        return wanted
+    room = (plan.budget - plan.fixed) // plan.record_nbytes
+    asked = settings.experts_per_layer is not None
+    if room < 0 or (asked and room < wanted):
+        needed = plan.fixed + (wanted * plan.record_nbytes if asked else 0)
+        raise BudgetError(
+            f"{format_bytes(plan.budget)} is too small: {describe_fixed(plan)} already take {format_bytes(plan.fixed)}; "
+            f"give --ram {_round_up(needed)}MiB or more"
+            + (f" or fewer experts per layer ({max(room, 0) // len(plan.experts)} fit)" if asked else " or pack fewer bits")
+        )
+    return min(wanted, room)
+
+
+def describe_fixed(plan: Plan) -> str:
+    """The fixed parts in words."""
+    parts = [("the runtime", plan.runtime), ("dense weights", plan.dense), ("the KV cache", plan.kv_cache)]
+    parts += [("the working set", plan.working_set), ("staging", plan.staging)]
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
+
+
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // (1 << 20))
+
+
+def divide(slots: int, experts: "tuple[int, ...]") -> "tuple[int, ...]":
+    """`slots` over the layers as evenly as their numbers of experts allow."""
+    capacities = [0] * len(experts)
+    left = min(slots, sum(experts))
+    while left:
+        open_layers = [layer for layer, count in enumerate(experts) if capacities[layer] < count]
+        share = max(left // len(open_layers), 1)
+        for layer in open_layers:
+            given = min(share, experts[layer] - capacities[layer], left)
+            capacities[layer] += given
+            left -= given
+    return tuple(capacities)
+
+
+def _dense_nbytes(manifest: Manifest, element_size: int) -> "tuple[int, int]":
+    """(held in memory, left mapped on disk). Plain 16-bit matrices of a vocabulary's size are embeddings."""
+    held = sum(entry.nbytes for entry in manifest.linears)
+    mapped = 0
+    for entry in manifest.tensors:
+        if "embed" in entry.name and len(entry.shape) == 2 and entry.dtype != "float32":
+            mapped += entry.nbytes
+        else:
+            count = 1
+            for size in entry.shape:
+                count *= size
+            held += count * element_size
+    return held, mapped
+
+
+def kv_nbytes_per_token(config: Any, element_size: int) -> int:
+    """Bytes of KV cache that one more token takes, over all layers that attend to everything.
+
+    Sliding-window and recurrent layers are bounded and counted as if they grew: a safe side's estimate.
+    """
+    config = config.get_text_config()
+    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+    types = getattr(config, "layer_types", None) or []
+    recurrent = sum(kind in ("linear_attention", "mamba", "conv", "recurrent") for kind in types)
+    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention: transformers caches keys and values expanded
+        width = heads * int(config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    else:
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        width = 2 * kv_heads * int(head_dim)
+    return (layers - recurrent) * width * element_size
+
+
+def _working_set(manifest: Manifest, config: Any, element_size: int) -> int:
+    """Activations of a prompt chunk, logits, and dequantised tiles."""
+    text = config.get_text_config()
+    hidden, vocab = int(text.hidden_size), int(text.vocab_size)
+    wide = max(tensor.rows for entry in manifest.experts for tensor in entry.tensors)
+    activations = _PROMPT_CHUNK * (12 * hidden + 3 * wide) * element_size
+    return _KERNEL_NBYTES + activations + 4 * vocab * 4
+
+
+def check_policy(name: str, known: "list[str]") -> str:
+    """The eviction policy without its `-shared` suffix. Raises ConfigError for an unknown one."""
+    plain = name.removesuffix("-shared")
+    if plain not in known:
+        raise ConfigError(f"unknown policy {name!r}: choose one of {', '.join(known)}, each also with -shared")
+    return plain

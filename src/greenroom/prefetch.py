@@ -1,0 +1,50 @@
+"""Guess the experts of the layers ahead, by the paper's rule: the next layer's gate on the hidden state that this
+layer's gate saw. Ranks experts; how their bytes move, and when, is not its business.
+"""
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Router:
+    """A gate's `weight` [num_experts, hidden] and, for sigmoid gates, its correction `bias` [num_experts]."""
+
+    weight: torch.Tensor
+    bias: "torch.Tensor | None" = None
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores [T, num_experts] that rank experts like the gate does on `hidden` [T, hidden]."""
+        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight)
+        return logits if self.bias is None else logits.sigmoid() + self.bias
+
+
+class Prefetcher:
+    """Ranked guesses for `lookahead` layers ahead.
+
+    `routers`: one per MoE layer, None where a family's gate is not a plain matrix (that layer is never guessed).
+    `experts`: how many to guess per layer while decoding; for a prompt, as many as there are staging buffers.
+    """
+
+    def __init__(self, routers: "list[Router | None]", experts: int, lookahead: int, staging: int) -> None:
+        self._routers, self.experts, self.lookahead, self._staging = routers, experts, lookahead, staging
+
+    def guess(self, layer: int, hidden: torch.Tensor, top_k: int, prompt: bool) -> "list[tuple[int, list[int]]]":
+        """(layer ahead, experts likeliest first) for `hidden` [T, H] seen by `layer`'s gate; nearest layer first."""
+        count = self._staging if prompt else self.experts
+        if count == 0:
+            return []
+        ahead = range(layer + 1, min(layer + (1 if prompt else self.lookahead), len(self._routers) - 1) + 1)
+        return [(other, self._rank(router, hidden, top_k, count)) for other in ahead if (router := self._routers[other])]
+
+    def _rank(self, router: Router, hidden: torch.Tensor, top_k: int, count: int) -> "list[int]":
+        scores = router.scores(hidden)
+        num_experts = scores.shape[1]
+        if scores.shape[0] > 1:  # many tokens: the experts that most of them would choose
+            chosen = scores.topk(min(top_k, num_experts), dim=1).indices.reshape(-1)
+            votes = torch.bincount(chosen, minlength=num_experts)
+            order = torch.argsort(votes, descending=True, stable=True)
+            return [int(e) for e in order[:count] if votes[e] > 0]
+        ranked: list[int] = scores[0].topk(min(count, num_experts)).indices.tolist()
+        return ranked

@@ -1,0 +1,129 @@
+"""The best grid for a group: round to nearest, HQQ and narrowed ranges compete, each group keeps its winner.
+
+A grid is `weight ~ scale * (code - zero)`. Here groups are the columns of a [group_size, n] matrix, so that a group's
+parameters broadcast along contiguous memory, and weights are in units of their round-to-nearest grid:
+
+    unit = weight / scale0 + zero0          unit ~ step * code + offset
+
+which makes every comparison independent of the weights' magnitude. Rows, cache sizes and threads do not enter: all
+arithmetic is element-wise or folded in a fixed order, so a group's result depends on its weights alone.
+
+The winner has the smallest (sum of squared errors) x (sum of absolute errors). On Gaussian, Laplace, Student-t and
+real weights that lowers both at once; the squared error alone gives up 1 to 5 % of the absolute error for less than
+1 % of its own.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from greenroom.quant import hqq, rtn
+from greenroom.quant.scratch import Scratch
+
+SHRINKS: dict[int, tuple[float, ...]] = {
+    2: (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65),
+    3: (0.95, 0.9, 0.85, 0.8, 0.75, 0.7),
+    4: (0.95, 0.9, 0.85, 0.8, 0.75, 0.7),
+    8: (0.98, 0.95),
+}
+"""Fractions of the full range to start from; fewer bits gain more by clipping the largest weights."""
+REFITS = 2
+
+
+class Grid(NamedTuple):
+    """Step and offset, float32 [n], of n grids in units: unit ~ step * code + offset."""
+
+    step: torch.Tensor
+    offset: torch.Tensor
+
+
+class Winner(NamedTuple):
+    """The best grid of each group so far, its loss, and whether it came from HQQ; all [n]."""
+
+    loss: torch.Tensor
+    step: torch.Tensor
+    offset: torch.Tensor
+    from_hqq: torch.Tensor
+
+    def against(self, loss: torch.Tensor, grid: Grid, from_hqq: torch.Tensor) -> "Winner":
+        """The better of both in every group; the older one where they tie."""
+        better = loss < self.loss
+        return Winner(
+            torch.where(better, loss, self.loss),
+            torch.where(better, grid.step, self.step),
+            torch.where(better, grid.offset, self.offset),
+            torch.where(better, from_hqq, self.from_hqq),
+        )
+
+
+class Contest:
+    """Candidate grids for groups float32 [group_size, n] in units, with codes 0..top. The scratch has their shape."""
+
+    def __init__(self, units: torch.Tensor, top: int, scratch: Scratch) -> None:
+        self.units, self.top, self.scratch = units, top, scratch
+        self.size = units.shape[0]
+        scratch.first.copy_(units)
+        self.sum_units = scratch.fold()
+        self.ones = torch.ones_like(self.sum_units)
+        self.no = torch.zeros_like(self.ones, dtype=torch.bool)
+        start = Grid(self.ones, torch.zeros_like(self.ones))
+        self.winner = Winner(self._loss(start), *start, self.no)
+
+    def enter(self, grid: Grid, from_hqq: torch.Tensor) -> None:
+        """Let a grid compete."""
+        self.winner = self.winner.against(self._loss(grid), grid, from_hqq)
+
+    def enter_hqq(self) -> None:
+        """Let the grid with HQQ's zero point compete."""
+        zero = hqq.solve(self.units, self.top, self.scratch)
+        self.enter(Grid(self.ones, -zero), ~self.no)
+
+    def enter_shrunken(self, fraction: float) -> None:
+        """Let a grid over a fraction of the range compete, refitted once to the codes it gives."""
+        start = Grid(self.ones * fraction, self.ones * ((1 - fraction) / 2 * self.top))
+        self.enter(self._refit(start), self.no)
+
+    def enter_refit(self) -> None:
+        """Let the winner compete with the grid that suits its codes best."""
+        winner = self.winner
+        self.enter(self._refit(Grid(winner.step, winner.offset)), winner.from_hqq)
+
+    def _codes(self, grid: Grid) -> torch.Tensor:
+        codes = torch.sub(self.units, grid.offset, out=self.scratch.codes)
+        return codes.mul_(1 / grid.step).round_().clamp_(0, self.top)
+
+    def _loss(self, grid: Grid) -> torch.Tensor:
+        error = self._codes(grid).mul_(grid.step).add_(grid.offset).sub_(self.units)
+        torch.abs(error, out=self.scratch.first)
+        torch.mul(error, error, out=self.scratch.second)
+        absolute, squares = self.scratch.fold_both()
+        return squares * absolute
+
+    def _refit(self, grid: Grid) -> Grid:
+        """Least squares of the units on their codes; the grid itself where all codes are the same."""
+        codes, room = self._codes(grid), self.scratch.first
+        total = codes.sum(0)  # integers below 2^24: exact in any order
+        squares = torch.mul(codes, codes, out=room).sum(0)
+        torch.mul(codes, self.units, out=room)
+        mixed = self.scratch.fold()
+        spread = squares * self.size - total * total
+        slope = (mixed * self.size - total * self.sum_units) / spread.clamp(min=1)
+        step = torch.where((spread > 0) & (slope > 0), slope, grid.step)
+        return Grid(step, (self.sum_units - step * total) / self.size)
+
+
+def search(weights: torch.Tensor, bits: int, scratch: Scratch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale and zero float32 [n], and where HQQ's candidate won bool [n], for groups float32 [group_size, n].
+
+    bits is 2, 3, 4 or 8; the zero lies within -top..2 top. The scratch has the shape of weights.
+    """
+    top = (1 << bits) - 1
+    scale, zero = rtn.solve(weights, top)
+    contest = Contest((weights * (1 / scale)).add_(zero), top, scratch)
+    contest.enter_hqq()
+    for fraction in SHRINKS[bits]:
+        contest.enter_shrunken(fraction)
+    for _ in range(REFITS):
+        contest.enter_refit()
+    winner = contest.winner
+    return scale * winner.step, ((zero - winner.offset) / winner.step).clamp_(-top, 2 * top), winner.from_hqq

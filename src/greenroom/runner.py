@@ -1,0 +1,180 @@
+"""Serve one layer's experts: the only place where cache, transfer, prefetch and kernels meet.
+
+The order in which experts arrive never shows: each expert's output is computed from its record and its tokens alone,
+and outputs are summed in ascending order of expert.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from greenroom.cache import ExpertCache
+from greenroom.kernels import Activation, ExpertsKernel, ExpertTask
+from greenroom.metrics import Metrics, Stopwatch
+from greenroom.packed import ExpertsEntry
+from greenroom.prefetch import Prefetcher
+from greenroom.store import Arena
+from greenroom.transfer import Transfer
+
+_ANY_ORDER = 64
+"""Up to this many (token, expert) pairs, outputs are kept until all are there, and computed in order of arrival."""
+
+
+class ExpertRunner:
+    """Computes the experts of MoE layers from a cache of fewer slots than there are experts."""
+
+    def __init__(
+        self,
+        *,
+        entries: "Sequence[ExpertsEntry]",
+        cache: ExpertCache,
+        transfer: Transfer,
+        arena: Arena,
+        kernel: ExpertsKernel,
+        prefetcher: Prefetcher,
+    ) -> None:
+        self._entries, self._cache, self._transfer, self._arena = entries, cache, transfer, arena
+        self._kernel, self._prefetcher = kernel, prefetcher
+        self.metrics = Metrics()
+        self.trace: list[tuple[int, tuple[int, ...]]] | None = None
+        """Set to a list to record (layer, experts, least valuable first) of every call."""
+
+    @torch.no_grad()
+    def __call__(
+        self, layer: int, module: nn.Module, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The experts' weighted sum: x [T, H], index and weights [T, k] → [T, H] in x's dtype.
+
+        An index that is not an expert's (the sentinel `num_experts`) adds nothing.
+        """
+        call = _Call(self._entries[layer], x, top_k_index, top_k_weights)
+        self.metrics.calls += 1
+        if self.trace is not None:
+            self.trace.append((layer, tuple(call.valued)))
+        prompt = top_k_index.numel() > _ANY_ORDER
+        try:
+            self._cache.request(layer, call.experts, call.valued)
+            self._start_loads()
+            for ahead, experts in self._prefetcher.guess(layer, x, top_k_index.shape[1], prompt):
+                self._cache.guess(ahead, experts)
+            self._start_loads()
+            activation = _activation(module)
+            out = self._in_turn(layer, call, activation) if prompt else self._as_they_come(layer, call, activation)
+            self._cache.finish()
+        except BaseException:
+            self._cache.abort()
+            raise
+        self._count()
+        return out
+
+    def _as_they_come(self, layer: int, call: "_Call", activation: Activation) -> torch.Tensor:
+        """Resident experts first, then the others in the order in which their reads finish."""
+        outputs: dict[int, torch.Tensor] = {}
+        waiting = list(call.experts)
+        while waiting:
+            ready = [expert for expert in waiting if self._cache.ready(layer, expert) is not None]
+            if not ready:
+                self._collect(wait=True)
+                continue
+            # with nothing left to read, one call computes all; otherwise start what a freed buffer allows in between
+            outputs.update(self._compute(layer, call, ready, activation))
+            waiting = [expert for expert in waiting if expert not in outputs]
+            self._collect(wait=False)
+        out = torch.zeros_like(call.x, dtype=torch.float32)
+        for expert in call.experts:
+            call.add(out, expert, outputs[expert])
+        return out.to(call.x.dtype)
+
+    def _in_turn(self, layer: int, call: "_Call", activation: Activation) -> torch.Tensor:
+        """A prompt: experts in ascending order, each added at once, so that only one output is held."""
+        out = torch.zeros_like(call.x, dtype=torch.float32)
+        for expert in call.experts:
+            while self._cache.ready(layer, expert) is None:
+                self._collect(wait=True)
+            call.add(out, expert, self._compute(layer, call, [expert], activation)[expert])
+            self._collect(wait=False)
+        return out.to(call.x.dtype)
+
+    def _compute(
+        self, layer: int, call: "_Call", experts: "list[int]", activation: Activation
+    ) -> "dict[int, torch.Tensor]":
+        tasks = []
+        for expert in experts:
+            buffer = self._cache.ready(layer, expert)
+            assert buffer is not None
+            tasks.append(ExpertTask(self._arena.record(buffer), call.rows(expert)))
+        with Stopwatch(self.metrics, "compute_s"):
+            outputs = self._kernel(call.x, tasks, self._entries[layer].tensors, activation)
+        for expert in experts:
+            self._cache.release(layer, expert)
+        self._start_loads()
+        return dict(zip(experts, outputs, strict=True))
+
+    def _start_loads(self) -> None:
+        for load in self._cache.issue():
+            self._transfer.start(load)
+
+    def _collect(self, wait: bool) -> None:
+        """Tell the cache what has arrived; with `wait`, stall until something has."""
+        if wait:
+            with Stopwatch(self.metrics, "stall_s"):
+                buffers = self._transfer.poll(wait=True)
+        else:
+            buffers = self._transfer.poll(wait=False)
+        for buffer in buffers:
+            self._cache.loaded(buffer)
+        if buffers:
+            self._start_loads()
+
+    def _count(self) -> None:
+        counters, metrics = self._cache.counters, self.metrics
+        metrics.bytes_read = self._transfer.bytes_read
+        metrics.requests, metrics.hits = counters.requests, counters.hits
+        metrics.prefetched, metrics.late = counters.prefetched, counters.late
+        metrics.misses, metrics.guesses = counters.misses, counters.guesses
+
+
+class _Call:
+    """One call's routing, sorted by expert."""
+
+    def __init__(
+        self, entry: ExpertsEntry, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> None:
+        self.x = x
+        top_k = top_k_index.shape[1]
+        flat = top_k_index.reshape(-1)
+        order = torch.argsort(flat, stable=True)
+        self._rows = order // top_k
+        self._weights = top_k_weights.reshape(-1)[order].unsqueeze(1)
+        experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
+        self._spans: dict[int, tuple[int, int]] = {}
+        end = 0
+        for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
+            start, end = end, end + count
+            if 0 <= expert < entry.num_experts:
+                self._spans[expert] = (start, end)
+        self.experts = list(self._spans)
+        """distinct experts, ascending: the order of computing and of summing"""
+        last_row = {expert: int(order[end - 1]) // top_k for expert, (_, end) in self._spans.items()}
+        self.valued = sorted(self.experts, key=lambda expert: (last_row[expert], self._last_weight(expert)))
+        """the same, least valuable first: by the last token that uses it, then by its weight there"""
+
+    def rows(self, expert: int) -> torch.Tensor:
+        """Tokens routed to the expert, int64 [n]."""
+        start, end = self._spans[expert]
+        return self._rows[start:end]
+
+    def add(self, out: torch.Tensor, expert: int, output: torch.Tensor) -> None:
+        """Add the expert's weighted output [n, H] to out [T, H] (float32)."""
+        start, end = self._spans[expert]
+        out.index_add_(0, self._rows[start:end], (output * self._weights[start:end]).to(torch.float32))
+
+    def _last_weight(self, expert: int) -> float:
+        return float(self._weights[self._spans[expert][1] - 1])
+
+
+def _activation(module: nn.Module) -> Activation:
+    gate = module._apply_gate if module.has_gate else module.act_fn
+    after = module.post_expert_norm if module.has_post_expert_norm else None
+    return Activation(gate=gate, after=after)
