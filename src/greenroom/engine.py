@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from greenroom import kernels, planner
+from greenroom import kernels, planner, seam
 from greenroom.cache import POLICIES, ExpertCache
 from greenroom.config import EngineSettings
 from greenroom.machine import available_memory
@@ -68,6 +68,9 @@ class Engine:
             kernel=kernels.experts,
             prefetcher=Prefetcher(routers(self.model, packed), settings.prefetch, settings.lookahead, settings.staging),
         )
+
+        self.model.greenroom = self
+        seam.load_generation_config(self.model, packed.folder)
 
     def _serve(self, layer: int, module: Any, x: Any, top_k_index: Any, top_k_weights: Any) -> torch.Tensor:
         return self.runner(layer, module, x, top_k_index, top_k_weights)

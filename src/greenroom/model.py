@@ -76,7 +76,7 @@ def build(packed: PackedModel, dtype: torch.dtype, serve: seam.ServeExperts) -> 
     model = seam.skeleton(seam.load_config(packed.folder), dtype)
     experts = seam.experts_modules(model)
     layers = _layers_of(packed, experts)
-    embeddings = _embeddings(model, packed)
+    embeddings = {entry.name: entry for entry in manifest.tensors if entry.mappable}
     tensors = {
         entry.name: _cast(packed.read_tensor(entry), seam.dtype_of(model, entry.name, dtype))
         for entry in manifest.tensors
@@ -85,16 +85,21 @@ def build(packed: PackedModel, dtype: torch.dtype, serve: seam.ServeExperts) -> 
     served = {f"{entry.module}.weight" for entry in manifest.linears} | embeddings.keys() | manifest.tied.keys()
     served |= {f"{module.name}.{parameter.name}" for module in experts for parameter in module.parameters}
     seam.materialize(model, tensors, served)
-    for name, other in manifest.tied.items():
-        if other in tensors:
-            seam.share(model, name, other)
+    replaced: dict[str, nn.Module] = {}
     for name, entry in embeddings.items():
         path = name.removesuffix(".weight")
         padding_idx = model.get_submodule(path).padding_idx
-        seam.replace(model, path, MappedEmbedding(packed, entry, dtype, padding_idx))
+        replaced[path] = MappedEmbedding(packed, entry, dtype, padding_idx)
     for linear in manifest.linears:
         bias = model.get_submodule(linear.module)._parameters.get("bias")
-        seam.replace(model, linear.module, PackedLinear(packed.read_linear(linear), linear, dtype, bias))
+        replaced[linear.module] = PackedLinear(packed.read_linear(linear), linear, dtype, bias)
+    for name, other in manifest.tied.items():
+        if other in tensors:
+            seam.share(model, name, other)
+        elif (owner := other.rpartition(".")[0]) in replaced:
+            replaced[name.rpartition(".")[0]] = replaced[owner]
+    for path, module in replaced.items():
+        seam.replace(model, path, module)
     seam.serve_experts(model, experts, layers, serve)
     _check_nothing_is_left(model, packed)
     return model
@@ -122,12 +127,6 @@ def _layers_of(packed: PackedModel, experts: "list[seam.ExpertsModule]") -> "dic
             )
         layers[module.name] = index[owner]
     return layers
-
-
-def _embeddings(model: Any, packed: PackedModel) -> "dict[str, TensorEntry]":
-    """Plain embeddings that can stay in the file: weight name → entry."""
-    plain = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Embedding}
-    return {entry.name: entry for entry in packed.manifest.tensors if entry.name in plain and entry.offset % 2 == 0}
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -4,6 +4,7 @@ Arithmetic over the manifest and the model's configuration; measures nothing its
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from greenroom.config import EngineSettings
@@ -137,37 +138,35 @@ def divide(slots: int, experts: "tuple[int, ...]") -> "tuple[int, ...]":
 
 
 def _dense_nbytes(manifest: Manifest, element_size: int) -> "tuple[int, int]":
-    """(held in memory, left mapped on disk). Plain 16-bit matrices of a vocabulary's size are embeddings."""
+    """(held in memory, left mapped on disk)."""
     held = sum(entry.nbytes for entry in manifest.linears)
-    mapped = 0
-    for entry in manifest.tensors:
-        if "embed" in entry.name and len(entry.shape) == 2 and entry.dtype != "float32":
-            mapped += entry.nbytes
-        else:
-            count = 1
-            for size in entry.shape:
-                count *= size
-            held += count * element_size
-    return held, mapped
+    held += sum(math.prod(entry.shape) * element_size for entry in manifest.tensors if not entry.mappable)
+    return held, sum(entry.nbytes for entry in manifest.tensors if entry.mappable)
 
 
 def kv_nbytes_per_token(config: Any, element_size: int) -> int:
-    """Bytes of KV cache that one more token takes, over all layers that attend to everything.
+    """Bytes of KV cache that one more token takes.
 
-    Sliding-window and recurrent layers are bounded and counted as if they grew: a safe side's estimate.
+    Sliding-window layers are counted as if they grew (a safe side's estimate), recurrent ones not at all.
     """
     config = config.get_text_config()
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
-    types = getattr(config, "layer_types", None) or []
-    recurrent = sum(kind in ("linear_attention", "mamba", "conv", "recurrent") for kind in types)
-    heads = int(getattr(config, "num_attention_heads", 1) or 1)
-    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention: transformers caches keys and values expanded
-        width = heads * int(config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    recurrent = [any(word in kind for word in ("linear", "mamba", "conv", "recurrent")) for kind in kinds]
+    if getattr(config, "is_heterogeneous", False):
+        widths = [_kv_width(layer) for layer in config.per_layer_config]
     else:
-        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        width = 2 * kv_heads * int(head_dim)
-    return (layers - recurrent) * width * element_size
+        widths = [_kv_width(config)] * layers
+    return element_size * sum(width for width, skip in zip(widths, recurrent, strict=False) if not skip)
+
+
+def _kv_width(config: Any) -> int:
+    """Numbers that one layer caches for one token."""
+    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention: transformers caches it expanded
+        return heads * int(config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    return 2 * kv_heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def _working_set(manifest: Manifest, config: Any, element_size: int) -> int:

@@ -168,6 +168,11 @@ def output_head(model: Any) -> "str | None":
     return next(name for name, module in model.named_modules() if module is head)
 
 
+def plain_embeddings(model: Any) -> "list[str]":
+    """Paths of embeddings that only look rows up; those that also scale or sum are left to transformers."""
+    return [name for name, module in model.named_modules() if type(module) is nn.Embedding]
+
+
 def packable_linears(model: Any, experts: list[ExpertsModule]) -> list[str]:
     """Paths of the plain linears of the decoder stack that run from packed bits: attention, shared and dense MLPs.
 
@@ -280,6 +285,12 @@ def _set(model: Any, name: str, value: torch.Tensor, initialised: bool = True) -
     else:
         module._buffers[leaf] = value
     value._is_hf_initialized = initialised  # type: ignore[attr-defined]
+
+
+def load_generation_config(model: Any, folder: Path) -> None:
+    """Let the model generate as its authors set it, where they did."""
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def dtype_of(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:

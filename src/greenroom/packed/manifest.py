@@ -60,7 +60,10 @@ class LinearEntry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """One plain tensor (norm, router, embedding, bias): raw values of `dtype` (a torch name)."""
+    """One plain tensor (norm, router, embedding, bias): raw values of `dtype` (a torch name).
+
+    `mappable`: an embedding of which a token touches one row, so that it need not be held in memory.
+    """
 
     name: str
     file: str
@@ -68,6 +71,7 @@ class TensorEntry:
     nbytes: int
     dtype: str
     shape: "tuple[int, ...]"
+    mappable: bool
     crc32: int
 
 

@@ -7,8 +7,8 @@ phi the l_p norm, p = 0.7, by alternating, for a fixed scale s (here the inverse
     W_e = sign(x) relu(|x| - |x|^(p-1) / beta)
     z   = mean over the group of W_q - (W - W_e) s            beta <- 1.01 beta, from 10
 
-Errors are measured in steps of the grid (U = W s + const), not in the weights' own units: in those, a model's weights
-are so small that |x|^(p-1) / beta always exceeds |x|, W_e is always 0, and the norm would play no part.
+Errors are measured in steps of the grid (U = W s + const), not in the weights' own units: in those,
+|x|^(p-1) / beta exceeds |x| for every error below 0.17, W_e is 0 throughout, and the norm would play no part.
 """
 
 import math
@@ -28,7 +28,7 @@ _POWER_BIAS = (1 - _POWER) * (127 - 0.043) * 2**23
 def bound(values: torch.Tensor, beta: float, out: torch.Tensor) -> torch.Tensor:
     """values^-0.3 / beta to within 6 %, for float32 values >= 0 (large but finite at 0); out is alike.
 
-    Twenty times faster than torch.pow, and every step gives the same bits wherever a value lies in a vector register.
+    Several times faster than torch.pow, and every step gives the same bits wherever a value lies in a vector register.
     """
     out.copy_(values.view(torch.int32)).mul_(_POWER).add_(_POWER_BIAS - math.log2(beta) * 2**23)
     return out.view(torch.int32).copy_(out).view(torch.float32)

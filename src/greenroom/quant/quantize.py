@@ -60,6 +60,7 @@ def quantize(weight: torch.Tensor, format: Format) -> torch.Tensor:
     """Pack a float [rows, cols] matrix (bfloat16, float16 or float32): uint8 [Layout(rows, cols, format).nbytes].
 
     The bytes depend on the weights and the format alone: not on threads, and a row's not on its neighbours.
+    Many weights go fastest with one caller per core, each under torch.set_num_threads(1): the operations are short.
     Raises ConfigError for a weight that is not such a matrix or not finite.
     """
     layout = _layout_of(weight, format)

