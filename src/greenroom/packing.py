@@ -18,7 +18,7 @@ import torch
 from greenroom import seam
 from greenroom.checkpoint import Checkpoint, DenseGroup, resolve
 from greenroom.config import PackSettings
-from greenroom.errors import PackError
+from greenroom.errors import CheckpointError, ConfigError, PackError
 from greenroom.packed import (
     MANIFEST_NAME,
     RECORD_ALIGNMENT,
@@ -124,8 +124,8 @@ class _Packing:
         plan = json.dumps([self.source, dataclasses.asdict(self.settings)], sort_keys=True)
         if (self.dst / MANIFEST_NAME).is_file():
             return self._already_packed()
-        foreign = self.dst.exists() and any(self.dst.iterdir()) and not Journal.path_in(self.dst).is_file()
-        if foreign or (self.dst.exists() and not self.dst.is_dir()):
+        resumable = not self.dst.exists() or Journal.path_in(self.dst).is_file()
+        if not resumable and not (self.dst.is_dir() and Journal.may_start_in(self.dst)):
             raise PackError(f"{self.dst} exists and is no packed model: choose another folder")
         journal = Journal(self.dst, plan)
         self._check_space(journal)
@@ -145,6 +145,7 @@ class _Packing:
         packed = PackedModel(self.dst)
         if (packed.manifest.source, packed.manifest.settings) != (self.source, dataclasses.asdict(self.settings)):
             raise PackError(f"{self.dst} holds a packed model of another source or settings: choose another folder")
+        Journal.path_in(self.dst).unlink(missing_ok=True)  # a kill may have come between the manifest and this
         return packed
 
     def _check_space(self, journal: Journal) -> None:
@@ -191,7 +192,8 @@ class _Packing:
                 weights = self.checkpoint.expert(module, expert)
                 for tensor in tensors:
                     out = record[tensor.offset : tensor.offset + tensor.nbytes]
-                    quantize_into(weights.pop(tensor.name), tensor.format, out)
+                    what = f"{tensor.name} of expert {expert} of {module.name}"
+                    _quantize(weights.pop(tensor.name), tensor.format, out, self.checkpoint, what)
                 progress.advance(source_nbytes // module.num_experts)
                 yield memoryview(record.numpy())
 
@@ -212,7 +214,7 @@ class _Packing:
             for group in groups:
                 tensors = self.checkpoint.dense(group)
                 for output in outputs[group.number]:
-                    yield _bytes_of(tensors[output.source], output)
+                    yield _bytes_of(tensors[output.source], output, self.checkpoint)
                 progress.advance(group.nbytes)
 
         flat = [output for group in groups for output in outputs[group.number]]
@@ -247,9 +249,14 @@ class _Packing:
         copied = {}
         for pattern in _SIDECARS:
             for path in sorted(self.checkpoint.folder.glob(pattern)):
-                if path.name.endswith(".index.json") or path.name == MANIFEST_NAME or not path.is_file():
+                own = path.name in (MANIFEST_NAME, Journal.path_in(self.dst).name)
+                if path.name.endswith(".index.json") or own or not path.is_file():
                     continue
-                shutil.copyfile(path, self.dst / path.name)
+                try:
+                    shutil.copyfile(path, self.dst / path.name)
+                except OSError as error:
+                    reason = f"{path} cannot be copied to {self.dst} ({error.strerror or error})"
+                    raise PackError(f"{reason}: make room and run the same command again") from error
                 copied[path.name] = zlib.crc32(path.read_bytes())
         return copied
 
@@ -292,10 +299,17 @@ class _Packing:
         )
 
 
-def _bytes_of(tensor: torch.Tensor, output: _DenseOutput) -> memoryview:
+def _quantize(weight: torch.Tensor, format: Format, out: torch.Tensor, checkpoint: Checkpoint, what: str) -> None:
+    try:
+        quantize_into(weight, format, out)
+    except ConfigError as error:  # it does not know whose weight it has
+        raise CheckpointError(f"{checkpoint.folder}: {what}: {error}: fetch the checkpoint again") from error
+
+
+def _bytes_of(tensor: torch.Tensor, output: _DenseOutput, checkpoint: Checkpoint) -> memoryview:
     if output.format is not None:
         packed = torch.zeros(output.entry.nbytes, dtype=torch.uint8)
-        quantize_into(tensor, output.format, packed)
+        _quantize(tensor, output.format, packed, checkpoint, output.source)
         return memoryview(packed.numpy())
     plain = tensor.to(output.dtype).contiguous().view(-1)
     return memoryview(plain.view(torch.uint8).numpy() if plain.numel() else torch.empty(0, dtype=torch.uint8).numpy())
@@ -311,8 +325,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Identifies the source by the names, shapes, offsets and file sizes of its tensors, not by reading it all."""
+    """Identifies the source by its configuration, its tensors' places and a sample of each, not by reading it all."""
     digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
     for name, info in sorted(checkpoint.shards.tensors.items()):
         digest.update(f"{name} {info.path.name} {info.dtype} {info.shape} {info.offset}\n".encode())
+        digest.update(checkpoint.shards.sample(name))  # another training run of the same model differs only here
     return digest.hexdigest()

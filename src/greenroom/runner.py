@@ -64,6 +64,7 @@ class ExpertRunner:
             self._cache.finish()
         except BaseException:
             self._cache.abort()
+            self._transfer.abandon()
             raise
         self._count()
         return out

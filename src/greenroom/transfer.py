@@ -18,12 +18,12 @@ PIECE_NBYTES = 2 << 20
 
 
 class _Record:
-    """A record being read: how many pieces are still missing, and whether one has failed."""
+    """A record being read: how many pieces are still missing, whether one has failed, and for which access."""
 
-    __slots__ = ("failed", "left", "load", "nbytes")
+    __slots__ = ("access", "failed", "left", "load", "nbytes")
 
-    def __init__(self, load: Load, nbytes: int, pieces: int) -> None:
-        self.load, self.nbytes, self.left, self.failed = load, nbytes, pieces, False
+    def __init__(self, load: Load, nbytes: int, pieces: int, access: int) -> None:
+        self.load, self.nbytes, self.left, self.failed, self.access = load, nbytes, pieces, False, access
 
 
 class Transfer:
@@ -41,6 +41,7 @@ class Transfer:
         self._order = itertools.count()
         self._finished: deque[int] = deque()
         self._errors: list[BaseException] = []
+        self._access = 0
         self._closing = False
         self.bytes_read = 0
         """Bytes of all records read so far."""
@@ -55,8 +56,9 @@ class Transfer:
         layer, _ = load.key
         nbytes = self._store.nbytes(layer)
         pieces = [(start, min(PIECE_NBYTES, nbytes - start)) for start in range(0, nbytes, PIECE_NBYTES)]
-        record = _Record(load, nbytes, len(pieces))
         with self._state:
+            self._check_open()
+            record = _Record(load, nbytes, len(pieces), self._access)
             for start, length in pieces:
                 heapq.heappush(self._queue, (load.speculative, next(self._order), record, start, length))
             self._state.notify_all()
@@ -68,6 +70,7 @@ class Transfer:
         """
         with self._state:
             while wait and not self._finished and not self._errors:
+                self._check_open()
                 self._state.wait()
             if self._errors:
                 raise self._errors.pop(0)
@@ -76,6 +79,16 @@ class Transfer:
         if self._shuffle is not None:
             self._shuffle(done)
         return done
+
+    def abandon(self) -> None:
+        """Forget errors, also those of reads under way: the access that wanted them has been given up."""
+        with self._state:
+            self._access += 1
+            self._errors.clear()
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise RuntimeError("the engine is closed")
 
     def close(self) -> None:
         """Finish what is being read and stop the threads."""
@@ -111,8 +124,7 @@ class Transfer:
         """Count a piece; the last one checks the record and reports it. The lock is held."""
         record.left -= 1
         if error is not None:
-            record.failed = True
-            self._errors.append(error)
+            self._fail(record, error)
         if record.left == 0:
             if not record.failed:
                 self._check(record)
@@ -132,7 +144,13 @@ class Transfer:
         finally:
             self._state.acquire()
         if failure is not None:
-            self._errors.append(failure)
+            self._fail(record, failure)
+
+    def _fail(self, record: _Record, error: BaseException) -> None:
+        """Report one error a record, and none that a later access would take for its own. The lock is held."""
+        if not record.failed and record.access == self._access:
+            self._errors.append(error)
+        record.failed = True
 
 
 __all__ = ["PIECE_NBYTES", "Transfer"]

@@ -74,6 +74,12 @@ class Shards:
         size = info.nbytes // info.shape[0]
         return self._read(info, info.offset + index * size, size, (1, *info.shape[1:]))
 
+    def sample(self, name: str, nbytes: int = 4096) -> bytes:
+        """Some bytes from the middle of the tensor's data."""
+        info = self.tensors[name]
+        nbytes = min(nbytes, info.nbytes)
+        return os.pread(self._file(info.path), nbytes, info.offset + (info.nbytes - nbytes) // 2)
+
     def _read(self, info: TensorInfo, offset: int, nbytes: int, shape: "tuple[int, ...]") -> torch.Tensor:
         if nbytes == 0:
             return torch.empty(shape, dtype=info.dtype)

@@ -60,10 +60,12 @@ def write_file(path: Path, entries: "list[Entry]", data: "Iterable[memoryview]")
                 checksums.append(zlib.crc32(chunk))
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
+        temporary.rename(path)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)  # the remedy is often to make room; what is complete stays
-        raise PackError(f"cannot write {path} ({error.strerror or error}): make room and run the same command again") from error
-    temporary.rename(path)
+        if isinstance(error, OSError):
+            raise _unwritable(path, error) from error
+        raise
     return checksums
 
 
@@ -85,6 +87,11 @@ class Journal:
         """Where a folder's journal lies while packing is unfinished."""
         return folder / JOURNAL_NAME
 
+    @staticmethod
+    def may_start_in(folder: Path) -> bool:
+        """Whether the folder is empty but for what a kill while the journal was first written left."""
+        return all(path.name == JOURNAL_NAME + ".partial" for path in folder.iterdir())
+
     def start(self) -> None:
         """Mark the folder as an unfinished pack, before its first file."""
         self._write()
@@ -95,8 +102,8 @@ class Journal:
     def _read(self, folder: Path) -> None:
         try:
             notes = json.loads(self.path.read_text())
-            plan, done = notes["plan"], notes["done"]
-        except (ValueError, KeyError, TypeError) as error:
+            plan, done = notes["plan"], {name: list(crcs) for name, crcs in notes["done"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PackError(f"{self.path} is damaged: delete {folder} and pack again") from error
         if plan != self._plan:
             raise PackError(f"{folder} holds an unfinished pack of another source or settings: delete it or choose another")
@@ -115,8 +122,16 @@ class Journal:
 def replace_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new text, never a part."""
     temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> PackError:
+    return PackError(f"cannot write {path} ({error.strerror or error}): make room and run the same command again")

@@ -1,0 +1,139 @@
+"""`greenroom chat MODEL`: talk. /exit leaves, Ctrl-C stops the answer, not the program."""
+
+import argparse
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from greenroom.cli import options as shared
+from greenroom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from greenroom.engine import Engine
+
+_HELP = "/exit leaves, /reset forgets the conversation, /stats shows the last answer's figures, Ctrl-C stops an answer"
+
+
+def add(commands: Any) -> None:
+    """Register the command."""
+    parser: argparse.ArgumentParser = commands.add_parser("chat", help="talk")
+    parser.add_argument("model", help=shared.MODEL_HELP)
+    parser.add_argument("--stats", action="store_true", help="print figures after each answer")
+    shared.add_sampling(parser, max_new_tokens=1024)
+    shared.add_memory(parser)
+    shared.add_bits(parser)
+    shared.add_common(parser)
+    parser.set_defaults(execute=execute)
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Answer until /exit or the end of input."""
+    from greenroom import library
+    from greenroom.cli import generation
+
+    generation.check_sampling(options)
+    demo = options.model == library.DEMO and not Path(library.DEMO).exists()
+    folder = library.find(options.model, **shared.bits_of(options))
+    tokenizer = library.tokenizer_of(folder)
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(f"{options.model} has no chat template: use greenroom run")
+    engine = library.start(folder, shared.load_options(options, context=4096), demo)
+    print(_HELP, file=sys.stderr)
+    try:
+        last = _Conversation(engine, tokenizer, options).talk()
+    finally:
+        engine.close()
+    if options.json:
+        shared.print_json(last)
+    return 0
+
+
+class _Conversation:
+    """Messages so far, and the KV cache of their tokens, so that a turn costs its new tokens only."""
+
+    def __init__(self, engine: "Engine", tokenizer: Any, options: argparse.Namespace) -> None:
+        self._engine, self._tokenizer, self._options = engine, tokenizer, options
+        self._last: dict[str, Any] = {}
+        self._stop = False
+        self._reset()
+
+    def talk(self) -> "dict[str, Any]":
+        """Read lines until the end; returns the last answer's figures."""
+        while (line := self._read()) is not None:
+            if line == "/reset":
+                self._reset()
+            elif line == "/stats":
+                self._show()
+            elif line.startswith("/"):
+                print(_HELP, file=sys.stderr)
+            elif line:
+                self._answer(line)
+        return self._last
+
+    def _reset(self) -> None:
+        system = self._options.system
+        self._messages = [{"role": "system", "content": system}] if system else []
+        self._cache: Any = None
+        self._cached: list[int] = []
+
+    def _read(self) -> "str | None":
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return None
+            except KeyboardInterrupt:  # at the prompt it clears the line
+                print(file=sys.stderr)
+                continue
+            return None if line in ("/exit", "/quit") else line
+
+    def _show(self) -> None:
+        from greenroom.cli import generation
+
+        if self._last:
+            generation.show_stats(self._last)
+
+    def _answer(self, line: str) -> None:
+        import transformers
+
+        from greenroom.cli import generation
+
+        self._messages.append({"role": "user", "content": line})
+        inputs = generation.encode(self._tokenizer, self._messages)
+        ids = inputs["input_ids"][0].tolist()
+        if self._cache is None or not _extends(ids, self._cached):
+            self._cache = transformers.DynamicCache(config=self._engine.model.config)
+        stop = transformers.StoppingCriteriaList([lambda *_: self._stop])
+        with self._interruptible():
+            answer = generation.answer(
+                self._engine, self._tokenizer, inputs, self._options, past_key_values=self._cache, stopping_criteria=stop
+            )
+        # the last token was generated but never fed: the cache holds everything before it
+        self._cached = ids + answer.token_ids[:-1]
+        self._messages.append({"role": "assistant", "content": answer.text})
+        self._last = answer.report()
+        if self._options.stats:
+            self._show()
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> "Iterator[None]":
+        """Ctrl-C ends the answer after the current token; a second one is the usual interrupt."""
+        self._stop = False
+
+        def stop(*_: object) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _extends(ids: "list[int]", cached: "list[int]") -> bool:
+    return len(ids) > len(cached) and ids[: len(cached)] == cached

@@ -1,0 +1,145 @@
+"""Generate and stream an answer, with the figures that `--stats` and `--json` show."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from greenroom.errors import ConfigError
+from greenroom.metrics import Metrics, process_memory
+from greenroom.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from greenroom.engine import Engine
+
+PREFILL_CHUNK = 512
+"""Prompt tokens per pass: bounds activations, and does not depend on the budget, so neither do the bits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What was generated and what it cost. Times in seconds; `decode` counts from the first token on."""
+
+    text: str
+    prompt_tokens: int
+    token_ids: "list[int]"
+    ttft_s: float
+    decode_s: float
+    prompt: Metrics
+    decode: Metrics
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens generated, the end token included."""
+        return len(self.token_ids)
+
+    def report(self) -> "dict[str, Any]":
+        """The figures for people and machines. Rates are of decoding: the first token is the prompt's."""
+        steps = self.new_tokens - 1
+        memory = process_memory()
+        return {
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "tokens_per_s": steps / self.decode_s if steps > 0 and self.decode_s > 0 else 0.0,
+            "ttft_s": self.ttft_s,
+            "hit_rate": self.decode.hit_rate,
+            "prefetch_rate": (self.decode.prefetched + self.decode.late) / max(self.decode.requests, 1),
+            "bytes_read_per_token": self.decode.bytes_read / steps if steps > 0 else 0.0,
+            "prompt_bytes_read": self.prompt.bytes_read,
+            "stall_s": self.decode.stall_s,
+            "prompt_stall_s": self.prompt.stall_s,
+            "expert_compute_s": self.decode.compute_s,
+            "decode_s": self.decode_s,
+            "peak_memory_bytes": memory["peak"],
+        }
+
+
+def answer(engine: "Engine", tokenizer: Any, inputs: "dict[str, Any]", options: argparse.Namespace, **extra: Any) -> Answer:
+    """Generate from tokenised `inputs`, streaming text to stdout."""
+    import torch
+
+    check_sampling(options)
+    streamer = _streamer(tokenizer, engine)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if options.temperature > 0:
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+        torch.manual_seed(options.seed)
+    prompt_tokens = int(inputs["input_ids"].shape[1])
+    if prompt_tokens > PREFILL_CHUNK and "past_key_values" not in extra:
+        extra["prefill_chunk_size"] = PREFILL_CHUNK
+    before, start_s = engine.metrics(), time.perf_counter()
+    out = engine.model.generate(
+        **inputs, **sampling, **extra, max_new_tokens=options.max_new_tokens, streamer=streamer, num_beams=1
+    )
+    end_s, after = time.perf_counter(), engine.metrics()
+    ids = out[0, prompt_tokens:].tolist()
+    first_s = streamer.first_s if streamer.first_s is not None else end_s
+    middle = streamer.first_metrics if streamer.first_metrics is not None else after
+    return Answer(
+        text=tokenizer.decode(ids, skip_special_tokens=True),
+        prompt_tokens=prompt_tokens,
+        token_ids=ids,
+        ttft_s=first_s - start_s,
+        decode_s=end_s - first_s,
+        prompt=middle - before,
+        decode=after - middle,
+    )
+
+
+def check_sampling(options: argparse.Namespace) -> None:
+    """Refuse settings that cannot be."""
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
+    if options.temperature < 0:
+        raise ConfigError(f"--temperature must be 0 or more, not {options.temperature}")
+    if not 0 < options.top_p <= 1:
+        raise ConfigError(f"--top-p must be above 0 and at most 1, not {options.top_p}")
+
+
+def _streamer(tokenizer: Any, engine: "Engine") -> Any:
+    """A TextStreamer that also notes when the first token came and what had been counted by then."""
+    import transformers
+
+    class Streamer(transformers.TextStreamer):  # type: ignore[misc]
+        first_s: "float | None" = None
+        first_metrics: "Metrics | None" = None
+        prompt_seen = False
+
+        def put(self, value: Any) -> None:
+            if not self.prompt_seen:
+                self.prompt_seen = True
+            elif self.first_s is None:
+                self.first_s, self.first_metrics = time.perf_counter(), engine.metrics()
+            super().put(value)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def show_stats(report: "dict[str, Any]") -> None:
+    """The figures on stderr, a line each."""
+    lines = [
+        f"{report['tokens_per_s']:.2f} tokens/s, first token after {report['ttft_s']:.2f} s "
+        f"({report['prompt_tokens']} prompt tokens, {report['new_tokens']} new)",
+        f"hit rate {report['hit_rate']:.1%}, prefetched {report['prefetch_rate']:.1%}, "
+        f"{format_bytes(report['bytes_read_per_token'])} read per token",
+        f"of {report['decode_s']:.2f} s decoding: {report['stall_s']:.2f} s stalled on reads, "
+        f"{report['expert_compute_s']:.2f} s in experts",
+        f"peak memory {format_bytes(report['peak_memory_bytes'])}",
+    ]
+    print("\n".join(lines), file=sys.stderr)
+
+
+def encode(tokenizer: Any, messages: "list[dict[str, str]]") -> "dict[str, Any]":
+    """Tokens of a conversation through the chat template, or of the last message's text where there is none."""
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # templates raise what they like, e.g. on a system message
+            raise ConfigError(f"the model's chat template refuses this conversation ({error})") from error
+    else:
+        encoded = tokenizer(messages[-1]["content"], return_tensors="pt")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}

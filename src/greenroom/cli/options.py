@@ -1,0 +1,69 @@
+"""Flags shared by commands, and what they become."""
+
+import argparse
+import json
+from typing import Any
+
+from greenroom.library import LoadOptions
+
+MODEL_HELP = "a packed folder, a Hugging Face folder, a hub id, or demo"
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+
+def add_bits(parser: argparse.ArgumentParser) -> None:
+    """How a model is packed."""
+    group = parser.add_argument_group("packing (defaults: experts 4, attention 16, head 8; demo: attention 8)")
+    group.add_argument("--expert-bits", type=int, choices=(2, 3, 4, 8, 16), help="bits of an expert's weights")
+    group.add_argument("--attention-bits", type=int, choices=(3, 4, 8, 16), help="bits of the other dense linears")
+    group.add_argument("--head-bits", type=int, choices=(3, 4, 8, 16), help="bits of the output head")
+    group.add_argument("--group-size", type=int, help="weights per scale in experts (default 64, at 2 bits 16)")
+
+
+def bits_of(options: argparse.Namespace) -> "dict[str, int | None]":
+    """The packing flags as keyword arguments; None where not given."""
+    return {name: getattr(options, name) for name in ("expert_bits", "attention_bits", "head_bits", "group_size")}
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """What a running model may use; the same everywhere."""
+    group = parser.add_argument_group("memory and cache")
+    group.add_argument("--ram", metavar="SIZE", help="what the process may hold, e.g. 8GiB (default: what is free)")
+    group.add_argument("--vram", metavar="SIZE", help="GPU memory to use (this version runs on the CPU)")
+    group.add_argument("--experts-per-layer", type=int, metavar="K", help="slots per layer, the paper's k, instead")
+    group.add_argument("--policy", default="lru", help="lru or lfu; with -shared, one pool for all layers (default lru)")
+    group.add_argument("--prefetch", type=int, default=0, metavar="N", help="experts guessed per layer ahead (default 0)")
+    group.add_argument("--lookahead", type=int, default=1, metavar="D", help="layers to guess ahead (default 1)")
+    group.add_argument("--context", type=int, default=None, metavar="TOKENS", help="tokens of KV cache to reserve")
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """How text is generated."""
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    group.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total")
+    group.add_argument("--seed", type=int, default=0, help="makes sampling repeatable (default 0)")
+    group.add_argument("--system", metavar="TEXT", help="system message, where the chat template has one")
+
+
+def load_options(options: argparse.Namespace, context: int) -> LoadOptions:
+    """The memory flags for the engine, with room for `context` tokens unless --context says otherwise."""
+    return LoadOptions(
+        ram=options.ram,
+        vram=options.vram,
+        experts_per_layer=options.experts_per_layer,
+        policy=options.policy,
+        prefetch=options.prefetch,
+        lookahead=options.lookahead,
+        context=options.context or context,
+    )
+
+
+def print_json(body: "dict[str, Any]") -> None:
+    """The one JSON object on the last line of stdout."""
+    print(json.dumps(body, ensure_ascii=False), flush=True)
