@@ -1,7 +1,7 @@
 """Every environment variable greenroom reads.
 
-    GREENROOM_CACHE   folder for packed models and the demo      (default: the platform's cache directory)
-    XDG_CACHE_HOME    where that is on Linux                     (default: ~/.cache)
+GREENROOM_CACHE   folder for packed models and the demo      (default: the platform's cache directory)
+XDG_CACHE_HOME    where that is on Linux                     (default: ~/.cache)
 """
 
 import os

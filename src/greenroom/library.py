@@ -19,6 +19,7 @@ from greenroom.errors import ConfigError, GreenroomError, PackError
 if TYPE_CHECKING:
     import torch
 
+    from greenroom.config import EngineSettings
     from greenroom.engine import Engine
 
 DEMO = "demo"
@@ -35,17 +36,26 @@ def find(model: "str | Path", **bits: "int | None") -> Path:
     `bits`: expert_bits, attention_bits, head_bits, group_size; None takes the default. Raises ConfigError where a
     packed folder is asked for other bits than it has, and what packing raises.
     """
+    target, settings = place(model, bits)
+    if not (target / "greenroom.json").is_file():
+        _in_child({"source": str(model), "target": str(target), "demo": is_demo(model), "settings": settings})
+    return target
+
+
+def is_demo(model: "str | Path") -> bool:
+    """Whether `model` names the demo, and not a folder called so."""
+    return str(model) == DEMO and not Path(model).exists()
+
+
+def place(model: "str | Path", bits: "dict[str, int | None]") -> "tuple[Path, dict[str, int]]":
+    """(where `model` lies packed or would be, the bits it has or would get); see `find`."""
     given = {name: value for name, value in bits.items() if value is not None}
     folder = Path(model).expanduser()
     if (folder / "greenroom.json").is_file():
         _check_bits(folder, given)
-        return folder
-    demo = str(model) == DEMO and not folder.exists()
-    settings = {**(_DEMO_BITS if demo else _DEFAULT_BITS), **given}
-    target = environment.cache_folder() / "packed" / _cache_name(str(model), folder, settings, demo)
-    if not (target / "greenroom.json").is_file():
-        _in_child({"source": str(model), "target": str(target), "demo": demo, "settings": settings})
-    return target
+        return folder, given
+    settings = {**(_DEMO_BITS if is_demo(model) else _DEFAULT_BITS), **given}
+    return environment.cache_folder() / "packed" / _cache_name(str(model), folder, settings, is_demo(model)), settings
 
 
 def _check_bits(folder: Path, given: "dict[str, int]") -> None:
@@ -59,8 +69,13 @@ def _check_bits(folder: Path, given: "dict[str, int]") -> None:
 
 def _cache_name(model: str, source: Path, settings: "dict[str, int]", demo: bool) -> str:
     """A readable folder name that changes when the source's files do."""
-    identity = "" if demo or not source.is_dir() else str(source.absolute()) + str(
-        sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.glob("*.safetensors"))
+    identity = (
+        ""
+        if demo or not source.is_dir()
+        else str(source.absolute())
+        + str(
+            sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.glob("*.safetensors"))
+        )
     )
     digest = "" if not identity else "-" + hashlib.sha256(identity.encode()).hexdigest()[:8]
     name = model.rstrip("/").replace("/", "--") if not source.is_dir() or demo else source.absolute().name
@@ -86,7 +101,9 @@ def _in_child(job: "dict[str, Any]") -> None:
     with contextlib.suppress(ValueError, AttributeError, TypeError):
         report = json.loads(last)
         raise getattr(errors, report["error"])(report["message"])
-    raise PackError(f"packing stopped (exit status {child.returncode}), perhaps for lack of memory: run it again to resume")
+    raise PackError(
+        f"packing stopped (exit status {child.returncode}), perhaps for lack of memory: run it again to resume"
+    )
 
 
 def _child() -> None:
@@ -137,13 +154,10 @@ def start(folder: Path, options: LoadOptions, demo: bool = False) -> "Engine":
     """A running engine for a packed folder."""
     import torch
 
-    from greenroom.config import EngineSettings
     from greenroom.engine import Engine
     from greenroom.packed import PackedModel
-    from greenroom.sizes import parse_bytes
 
-    if options.vram is not None or options.device not in (None, "cpu"):
-        raise ConfigError("this version runs on the CPU: leave --vram and device out and give --ram")
+    settings = settings_of(options)
     dtype = options.dtype if options.dtype is not None else torch.float32
     if isinstance(dtype, str):
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -152,13 +166,21 @@ def start(folder: Path, options: LoadOptions, demo: bool = False) -> "Engine":
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
     packed = PackedModel(folder)
-    ram = None if options.ram is None else parse_bytes(options.ram)
-    budget = None
-    if demo and ram is None and options.experts_per_layer is None:
-        budget = sum(e.num_experts * e.record_nbytes for e in packed.manifest.experts) // DEMO_EXPERT_SHARE
-    settings = EngineSettings(
-        ram=ram,
-        expert_budget=budget,
+    if demo and settings.ram is None and settings.experts_per_layer is None:
+        experts_nbytes = sum(e.num_experts * e.record_nbytes for e in packed.manifest.experts)
+        settings = dataclasses.replace(settings, expert_budget=experts_nbytes // DEMO_EXPERT_SHARE)
+    return Engine(packed, settings, dtype)
+
+
+def settings_of(options: LoadOptions) -> "EngineSettings":
+    """The engine's settings. Raises ConfigError for what cannot be."""
+    from greenroom.config import EngineSettings
+    from greenroom.sizes import parse_bytes
+
+    if options.vram is not None or options.device not in (None, "cpu"):
+        raise ConfigError("this version runs on the CPU: leave --vram and device out and give --ram")
+    return EngineSettings(
+        ram=None if options.ram is None else parse_bytes(options.ram),
         experts_per_layer=options.experts_per_layer,
         policy=options.policy,
         prefetch=options.prefetch,
@@ -168,7 +190,6 @@ def start(folder: Path, options: LoadOptions, demo: bool = False) -> "Engine":
         readers=options.readers,
         validate=options.validate,
     )
-    return Engine(packed, settings, dtype)
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -223,7 +244,6 @@ def load(
 
     Raises a GreenroomError: ConfigError, CheckpointError, PackError, PackedModelError, BudgetError or DemoError.
     """
-    demo = str(model) == DEMO and not Path(DEMO).exists()
     folder = find(
         model, expert_bits=expert_bits, attention_bits=attention_bits, head_bits=head_bits, group_size=group_size
     )
@@ -241,5 +261,5 @@ def load(
         readers=readers,
         validate=validate,
     )
-    engine = start(folder, options, demo)
+    engine = start(folder, options, is_demo(model))
     return engine.model, tokenizer_of(folder)

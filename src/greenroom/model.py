@@ -21,7 +21,12 @@ from greenroom.quant import dequantize
 class PackedLinear(nn.Module):
     """A linear that multiplies from its packed bits: x [..., in_features] → [..., out_features]."""
 
-    def __init__(self, packed: torch.Tensor, entry: LinearEntry, dtype: torch.dtype, bias: "nn.Parameter | None") -> None:
+    packed: torch.Tensor
+    bias: "nn.Parameter | None"
+
+    def __init__(
+        self, packed: torch.Tensor, entry: LinearEntry, dtype: torch.dtype, bias: "nn.Parameter | None"
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = entry.cols, entry.rows
         self.format, self._dtype = entry.format, dtype
@@ -46,6 +51,8 @@ class PackedLinear(nn.Module):
 
 class MappedEmbedding(nn.Module):
     """An embedding whose 16-bit rows stay in the packed file, mapped: a token touches one row of it."""
+
+    weight: torch.Tensor
 
     def __init__(self, packed: PackedModel, entry: TensorEntry, dtype: torch.dtype, padding_idx: "int | None") -> None:
         super().__init__()
@@ -106,7 +113,12 @@ def build(packed: PackedModel, dtype: torch.dtype, serve: seam.ServeExperts) -> 
 
 
 def routers(model: Any, packed: PackedModel) -> "list[Router | None]":
-    """Each MoE layer's gate, for guessing; None where it is not a plain matrix."""
+    """Each MoE layer's gate, for guessing; None where it is not a plain matrix.
+
+    All None where layers differ in width (a text model and its vision tower): one's gate cannot read the other's state.
+    """
+    if len({entry.tensors[0].cols for entry in packed.manifest.experts}) > 1:
+        return [None] * len(packed.manifest.experts)
     found = [seam.router(model, e.module, e.num_experts, e.tensors[0].cols) for e in packed.manifest.experts]
     return [None if gate is None else Router(*gate) for gate in found]
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from greenroom import seam
+from greenroom.buffers import byte_view
 from greenroom.checkpoint import Checkpoint, DenseGroup, resolve
 from greenroom.config import PackSettings
-from greenroom.errors import CheckpointError, ConfigError, PackError
+from greenroom.errors import CheckpointError, ConfigError, PackedModelError, PackError
 from greenroom.packed import (
     MANIFEST_NAME,
     RECORD_ALIGNMENT,
@@ -107,6 +108,12 @@ def pack(
             raise PackError(f"interrupted: run the same command again and packing into {dst} resumes") from None
 
 
+def preview(checkpoint: Checkpoint, settings: "dict[str, int]") -> Manifest:
+    """The manifest that packing would write, with zeros for checksums: all sizes, no weights read."""
+    packing = _Packing(checkpoint, checkpoint.folder, PackSettings(**settings))
+    return packing.manifest({file.name: [0] * len(file.entries) for file in packing.files}, {})
+
+
 class _Packing:
     """One run of `pack`."""
 
@@ -129,7 +136,10 @@ class _Packing:
             raise PackError(f"{self.dst} exists and is no packed model: choose another folder")
         journal = Journal(self.dst, plan)
         self._check_space(journal)
-        self.dst.mkdir(parents=True, exist_ok=True)
+        try:
+            self.dst.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PackError(f"cannot make {self.dst} ({error.strerror or error}): choose another folder") from error
         journal.start()
         with Progress("packing", self.checkpoint.nbytes) as progress:
             for file in self.files:
@@ -137,12 +147,15 @@ class _Packing:
                     progress.skip(file.source_nbytes)
                 else:
                     journal.note(file.name, write_file(self.dst / file.name, file.entries, file.data(progress)))
-        replace_text(self.dst / MANIFEST_NAME, self._manifest(journal.done, self._copy_sidecars()).to_json())
+        replace_text(self.dst / MANIFEST_NAME, self.manifest(journal.done, self._copy_sidecars()).to_json())
         journal.remove()
         return PackedModel(self.dst)
 
     def _already_packed(self) -> PackedModel:
-        packed = PackedModel(self.dst)
+        try:
+            packed = PackedModel(self.dst)
+        except PackedModelError as error:
+            raise PackError(f"{self.dst} is damaged ({error}): delete this folder and pack again") from error
         if (packed.manifest.source, packed.manifest.settings) != (self.source, dataclasses.asdict(self.settings)):
             raise PackError(f"{self.dst} holds a packed model of another source or settings: choose another folder")
         Journal.path_in(self.dst).unlink(missing_ok=True)  # a kill may have come between the manifest and this
@@ -195,7 +208,7 @@ class _Packing:
                     what = f"{tensor.name} of expert {expert} of {module.name}"
                     _quantize(weights.pop(tensor.name), tensor.format, out, self.checkpoint, what)
                 progress.advance(source_nbytes // module.num_experts)
-                yield memoryview(record.numpy())
+                yield byte_view(record)
 
         return _File(name=name, entries=entries, source_nbytes=source_nbytes, data=data), entry
 
@@ -260,7 +273,8 @@ class _Packing:
                 copied[path.name] = zlib.crc32(path.read_bytes())
         return copied
 
-    def _manifest(self, done: "dict[str, list[int]]", sidecars: "dict[str, int]") -> Manifest:
+    def manifest(self, done: "dict[str, list[int]]", sidecars: "dict[str, int]") -> Manifest:
+        """What to write last, from the checksums of each file's entries."""
         files = {}
         for file in self.files:
             header = header_of(file.entries)[0]
@@ -290,9 +304,7 @@ class _Packing:
             source=self.source,
             files=files,
             sidecars=sidecars,
-            experts=tuple(
-                dataclasses.replace(entry, crc32=tuple(done[file.name])) for file, entry in self.experts
-            ),
+            experts=tuple(dataclasses.replace(entry, crc32=tuple(done[file.name])) for file, entry in self.experts),
             linears=tuple(linears),
             tensors=tuple(tensors),
             tied={name: other for name, other in self.checkpoint.tied.items() if name not in served},
@@ -310,9 +322,9 @@ def _bytes_of(tensor: torch.Tensor, output: _DenseOutput, checkpoint: Checkpoint
     if output.format is not None:
         packed = torch.zeros(output.entry.nbytes, dtype=torch.uint8)
         _quantize(tensor, output.format, packed, checkpoint, output.source)
-        return memoryview(packed.numpy())
+        return byte_view(packed)
     plain = tensor.to(output.dtype).contiguous().view(-1)
-    return memoryview(plain.view(torch.uint8).numpy() if plain.numel() else torch.empty(0, dtype=torch.uint8).numpy())
+    return byte_view(plain)
 
 
 def _half(dtype: torch.dtype) -> torch.dtype:

@@ -105,9 +105,13 @@ def _slots(plan: Plan, settings: EngineSettings) -> int:
     if room < 0 or (asked and room < wanted):
         needed = plan.fixed + (wanted * plan.record_nbytes if asked else 0)
         raise BudgetError(
-            f"{format_bytes(plan.budget)} is too small: {describe_fixed(plan)} already take {format_bytes(plan.fixed)}; "
+            f"{format_bytes(plan.budget)} is too small: {describe_fixed(plan)} take {format_bytes(plan.fixed)}; "
             f"give --ram {_round_up(needed)}MiB or more"
-            + (f" or fewer experts per layer ({max(room, 0) // len(plan.experts)} fit)" if asked else " or pack fewer bits")
+            + (
+                f" or fewer experts per layer ({max(room, 0) // len(plan.experts)} fit)"
+                if asked
+                else " or pack fewer bits"
+            )
         )
     return min(wanted, room)
 

@@ -36,7 +36,9 @@ class Prefetcher:
         if count == 0:
             return []
         ahead = range(layer + 1, min(layer + (1 if prompt else self.lookahead), len(self._routers) - 1) + 1)
-        return [(other, self._rank(router, hidden, top_k, count)) for other in ahead if (router := self._routers[other])]
+        return [
+            (other, self._rank(router, hidden, top_k, count)) for other in ahead if (router := self._routers[other])
+        ]
 
     def _rank(self, router: Router, hidden: torch.Tensor, top_k: int, count: int) -> "list[int]":
         scores = router.scores(hidden)

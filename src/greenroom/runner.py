@@ -5,9 +5,9 @@ and outputs are summed in ascending order of expert.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
 from greenroom.cache import ExpertCache
 from greenroom.kernels import Activation, ExpertsKernel, ExpertTask
@@ -42,7 +42,7 @@ class ExpertRunner:
 
     @torch.no_grad()
     def __call__(
-        self, layer: int, module: nn.Module, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self, layer: int, module: Any, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """The experts' weighted sum: x [T, H], index and weights [T, k] → [T, H] in x's dtype.
 
@@ -175,7 +175,7 @@ class _Call:
         return float(self._weights[self._spans[expert][1] - 1])
 
 
-def _activation(module: nn.Module) -> Activation:
+def _activation(module: Any) -> Activation:
     gate = module._apply_gate if module.has_gate else module.act_fn
     after = module.post_expert_norm if module.has_post_expert_norm else None
     return Activation(gate=gate, after=after)

@@ -127,7 +127,7 @@ def experts_modules(model: Any) -> list[ExpertsModule]:
     ]
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no experts behind transformers' experts seam: it is dense, or of a family that "
+            f"{type(model).__name__} has no experts behind transformers' experts seam: it is dense, or a family that "
             f"transformers {transformers.__version__} does not route through it; there is nothing to offload"
         )
     return found
@@ -140,15 +140,16 @@ def _describe(name: str, module: nn.Module) -> ExpertsModule:
     own = dict(module.named_parameters(recurse=False))
     children = {child for child, _ in module.named_children()} - {"act_fn"}
     allowed_children = {"post_expert_norm"} if module.has_post_expert_norm else set()
-    if own.keys() != {*matrices, *biases} or any(True for child in children - allowed_children
-                                                 if any(True for _ in getattr(module, child).parameters())):
+    if own.keys() != {*matrices, *biases} or any(
+        True for child in children - allowed_children if any(True for _ in getattr(module, child).parameters())
+    ):
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) has parameters {sorted(own)} and submodules {sorted(children)}, where "
             f"greenroom understands {sorted({*matrices, *biases})}: please report this family"
         )
     if any(own[matrix].ndim != 3 for matrix in matrices):
         raise UnsupportedModelError(f"{name}: expected stacked [experts, out, in] weights")
-    parameters = [_matrix(matrix, own[matrix].shape, module.is_transposed) for matrix in matrices]
+    parameters = [_matrix(matrix, own[matrix].shape, bool(module.is_transposed)) for matrix in matrices]
     parameters += [
         ExpertParameter(name=bias, rows=1, cols=own[bias].shape[1], is_bias=True, transposed=False) for bias in biases
     ]
@@ -165,7 +166,7 @@ def output_head(model: Any) -> "str | None":
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return None
-    return next(name for name, module in model.named_modules() if module is head)
+    return str(next(name for name, module in model.named_modules() if module is head))
 
 
 def plain_embeddings(model: Any) -> "list[str]":
@@ -210,7 +211,9 @@ def _decides(name: str, linear: nn.Linear, widths: "dict[str, int]") -> bool:
     return False
 
 
-def router(model: Any, experts: str, num_experts: int, hidden: int) -> "tuple[torch.Tensor, torch.Tensor | None] | None":
+def router(
+    model: Any, experts: str, num_experts: int, hidden: int
+) -> "tuple[torch.Tensor, torch.Tensor | None] | None":
     """The gate's weight [num_experts, hidden] and correction bias [num_experts] beside the module `experts`.
 
     Found by shape, so that prefetching needs no per-family code; None where that is ambiguous.

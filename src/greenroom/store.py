@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from greenroom.buffers import read_into
 from greenroom.errors import PackedModelError
 from greenroom.packed import PackedModel, check_bytes
 
@@ -73,16 +74,14 @@ class DiskStore:
     def read(self, layer: int, expert: int, start: int, into: memoryview) -> None:
         """Fill `into` from the record. Raises PackedModelError where the file ends early or the disk fails."""
         entry = self._layers[layer]
-        offset, done = entry.offset + expert * entry.record_nbytes + start, 0
-        file = self._files[entry.file]
-        while done < len(into):
-            try:
-                count = os.preadv(file, [into[done:]], offset + done)
-            except OSError as error:
-                raise PackedModelError(f"{self._folder / entry.file}: {error.strerror} at byte {offset + done}") from error
-            if count == 0:
-                raise PackedModelError(f"{self._folder / entry.file} ended at byte {offset + done}: pack the model again")
-            done += count
+        path, file = self._folder / entry.file, self._files[entry.file]
+        offset = entry.offset + expert * entry.record_nbytes + start
+        try:
+            done = read_into(file, into, offset)
+        except OSError as error:
+            raise PackedModelError(f"{path}: {error.strerror} at byte {offset}: check the disk") from error
+        if done < len(into):
+            raise PackedModelError(f"{path} ended at byte {offset + done}: pack the model again")
         if not self.direct:
             os.posix_fadvise(file, offset, len(into), os.POSIX_FADV_DONTNEED)
 

@@ -103,7 +103,9 @@ class ExpertCache:
         validate: bool = False,
     ) -> None:
         if len(capacities) not in (1, layers) or min(capacities, default=-1) < 0 or staging < 1:
-            raise ValueError(f"{layers=} {capacities=} {staging=}: need one capacity ≥ 0 per layer or in all, staging ≥ 1")
+            raise ValueError(
+                f"{layers=} {capacities=} {staging=}: need one capacity ≥ 0 per layer or in all, staging ≥ 1"
+            )
         self.layers, self.capacities, self.staging = layers, tuple(capacities), staging
         self.buffers = sum(capacities) + staging
         self.counters = Counters()

@@ -101,7 +101,9 @@ class Checkpoint:
             expected = (parameter.cols,) if parameter.is_bias else (parameter.rows, parameter.cols)
             value = value.T if parameter.transposed else value
             if tuple(value.shape) != expected:
-                raise CheckpointError(f"{self.folder}: {target}[{index}] has shape {tuple(value.shape)}, not {expected}")
+                raise CheckpointError(
+                    f"{self.folder}: {target}[{index}] has shape {tuple(value.shape)}, not {expected}"
+                )
             tensors[parameter.name] = value.reshape(parameter.rows, parameter.cols)
         return tensors
 

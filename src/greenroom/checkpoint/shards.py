@@ -10,9 +10,11 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from greenroom.buffers import byte_view, read_into
 from greenroom.errors import CheckpointError
 
 _DTYPES = {
@@ -84,13 +86,10 @@ class Shards:
         if nbytes == 0:
             return torch.empty(shape, dtype=info.dtype)
         raw = torch.empty(nbytes, dtype=torch.uint8)
-        view, done = memoryview(raw.numpy()), 0
         file = self._file(info.path)
-        while done < nbytes:
-            count = os.preadv(file, [view[done:]], offset + done)
-            if count == 0:
-                raise CheckpointError(f"{info.path} ended at byte {offset + done}: fetch this shard again")
-            done += count
+        done = read_into(file, byte_view(raw), offset)
+        if done < nbytes:
+            raise CheckpointError(f"{info.path} ended at byte {offset + done}: fetch this shard again")
         os.posix_fadvise(file, offset, nbytes, os.POSIX_FADV_DONTNEED)  # each byte is read once
         return raw.view(info.dtype).view(shape)
 
@@ -110,7 +109,9 @@ def _shard_paths(folder: Path) -> "list[Path]":
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise CheckpointError(f"{folder} lacks the shard {missing[0]}{more} that {index.name} lists: fetch it again")
+            raise CheckpointError(
+                f"{folder} lacks the shard {missing[0]}{more} that {index.name} lists: fetch it again"
+            )
         return [folder / name for name in names]
     paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if len(paths) > 1:
@@ -141,8 +142,9 @@ def read_header(path: Path) -> "dict[str, TensorInfo]":
     return tensors
 
 
-def _tensor_info(path: Path, entry: "dict[str, object]", start: int) -> TensorInfo:
-    dtype, shape, (begin, end) = _DTYPES[str(entry["dtype"])], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore
+def _tensor_info(path: Path, entry: "dict[str, Any]", start: int) -> TensorInfo:
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
     if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
         raise ValueError(f"offsets {begin}–{end} do not fit the shape {shape}")
     return TensorInfo(path=path, dtype=dtype, shape=shape, offset=start + begin, nbytes=end - begin)

@@ -9,7 +9,7 @@ _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve(source: "str | Path") -> Path:
-    """The local folder of `source`; a hub id such as `mistralai/Mixtral-8x7B-Instruct-v0.1` is fetched into the hub cache.
+    """The local folder of `source`; a hub id such as `mistralai/Mixtral-8x7B-Instruct-v0.1` is fetched first.
 
     Raises CheckpointError where there is neither.
     """

@@ -1,1 +1,107 @@
-def add(commands): pass
+"""`greenroom bench MODEL`: the floor first, then timed trials, then how far they are apart."""
+
+import argparse
+import statistics
+from typing import Any
+
+from greenroom.cli import options as shared
+from greenroom.errors import ConfigError
+from greenroom.sizes import format_bytes
+
+
+def add(commands: Any) -> None:
+    """Register the command."""
+    parser: argparse.ArgumentParser = commands.add_parser("bench", help="floor, then timed trials")
+    parser.add_argument("model", help=shared.MODEL_HELP)
+    parser.add_argument("--tokens", type=int, default=32, help="tokens per trial (default 32)")
+    parser.add_argument("--trials", type=int, default=3, help="trials after one warm-up (default 3)")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="length of the prompt (default 64)")
+    shared.add_memory(parser)
+    shared.add_bits(parser)
+    shared.add_common(parser)
+    parser.set_defaults(execute=execute)
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Measure."""
+    import torch
+
+    from greenroom import library, probe
+    from greenroom.machine import ram_bandwidth
+
+    for name in ("tokens", "trials", "prompt_tokens"):
+        if getattr(options, name) < (2 if name == "tokens" else 1):
+            raise ConfigError(f"--{name.replace('_', '-')} is too small")
+    folder = library.find(options.model, **shared.bits_of(options))
+    context = options.prompt_tokens + options.tokens
+    engine = library.start(folder, shared.load_options(options, context), library.is_demo(options.model))
+    try:
+        manifest = engine.packed.manifest
+        floor = {"ram": ram_bandwidth(), "disk": probe.disk_bandwidth(folder / manifest.experts[0].file)}
+        print(f"floor: RAM {floor['ram'] / 1e9:.1f} GB/s, disk {floor['disk'] / 1e9:.2f} GB/s", flush=True)
+        vocabulary = engine.model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randint(vocabulary, (1, options.prompt_tokens), generator=generator)
+        trials = [_trial(engine, prompt, options.tokens) for _ in range(options.trials + 1)][1:]
+    finally:
+        engine.close()
+    report = _report(engine, trials, floor)
+    for number, trial in enumerate(trials, start=1):
+        print(
+            f"trial {number}: {trial['tokens_per_s']:.2f} tokens/s, "
+            f"prompt {trial['prompt_tokens_per_s']:.1f} tokens/s, hit rate {trial['hit_rate']:.1%}, {format_bytes(trial['bytes_read_per_token'])} per token, "
+            f"stall {trial['stall_share']:.0%}"
+        )
+    print(
+        f"median {report['tokens_per_s']:.2f} tokens/s; the floor for these bytes is "
+        f"{report['floor_tokens_per_s']:.2f} (ratio {report['ratio_to_floor']:.3f})"
+    )
+    if options.json:
+        shared.print_json(report)
+    return 0
+
+
+def _trial(engine: Any, prompt: Any, tokens: int) -> "dict[str, float]":
+    """One prompt and `tokens` greedy tokens, fed by hand so that the end token does not end it."""
+    import time
+
+    import torch
+
+    model, before, start_s = engine.model, engine.metrics(), time.perf_counter()
+    with torch.no_grad():
+        out = model(prompt, use_cache=True, logits_to_keep=1)
+        middle, middle_s = engine.metrics(), time.perf_counter()
+        for _ in range(tokens):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+    decode, decode_s = engine.metrics() - middle, time.perf_counter() - middle_s
+    return {
+        "tokens_per_s": tokens / decode_s,
+        "prompt_tokens_per_s": prompt.shape[1] / (middle_s - start_s),
+        "hit_rate": decode.hit_rate,
+        "bytes_read_per_token": decode.bytes_read / tokens,
+        "prompt_bytes_read": float((middle - before).bytes_read),
+        "stall_share": decode.stall_s / decode_s,
+        "experts_share": decode.compute_s / decode_s,
+    }
+
+
+def _report(engine: Any, trials: "list[dict[str, float]]", floor: "dict[str, float]") -> "dict[str, Any]":
+    """Medians, and the floor: a token's packed bytes over the RAM's rate, or its missed bytes over the disk's."""
+    from greenroom import probe
+
+    medians = {name: statistics.median(trial[name] for trial in trials) for name in trials[0]}
+    manifest, top_k = engine.packed.manifest, probe.experts_per_token(engine.model.config)
+    touched = engine.plan.dense + sum(min(top_k, e.num_experts) * e.record_nbytes for e in manifest.experts)
+    floor_s = max(touched / floor["ram"], medians["bytes_read_per_token"] / floor["disk"])
+    return {
+        **medians,
+        "trials": trials,
+        "ram_bytes_per_s": floor["ram"],
+        "disk_bytes_per_s": floor["disk"],
+        "touched_bytes_per_token": touched,
+        "floor_tokens_per_s": 1 / floor_s,
+        "ratio_to_floor": medians["tokens_per_s"] * floor_s,
+        "slots": engine.plan.slots,
+        "experts": sum(engine.plan.experts),
+    }

@@ -5,7 +5,6 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from greenroom.cli import options as shared
@@ -35,12 +34,11 @@ def execute(options: argparse.Namespace) -> int:
     from greenroom.cli import generation
 
     generation.check_sampling(options)
-    demo = options.model == library.DEMO and not Path(library.DEMO).exists()
     folder = library.find(options.model, **shared.bits_of(options))
     tokenizer = library.tokenizer_of(folder)
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"{options.model} has no chat template: use greenroom run")
-    engine = library.start(folder, shared.load_options(options, context=4096), demo)
+    engine = library.start(folder, shared.load_options(options, context=4096), library.is_demo(options.model))
     print(_HELP, file=sys.stderr)
     try:
         last = _Conversation(engine, tokenizer, options).talk()
@@ -109,7 +107,12 @@ class _Conversation:
         stop = transformers.StoppingCriteriaList([lambda *_: self._stop])
         with self._interruptible():
             answer = generation.answer(
-                self._engine, self._tokenizer, inputs, self._options, past_key_values=self._cache, stopping_criteria=stop
+                self._engine,
+                self._tokenizer,
+                inputs,
+                self._options,
+                past_key_values=self._cache,
+                stopping_criteria=stop,
             )
         # the last token was generated but never fed: the cache holds everything before it
         self._cached = ids + answer.token_ids[:-1]

@@ -56,7 +56,9 @@ class Answer:
         }
 
 
-def answer(engine: "Engine", tokenizer: Any, inputs: "dict[str, Any]", options: argparse.Namespace, **extra: Any) -> Answer:
+def answer(
+    engine: "Engine", tokenizer: Any, inputs: "dict[str, Any]", options: argparse.Namespace, **extra: Any
+) -> Answer:
     """Generate from tokenised `inputs`, streaming text to stdout."""
     import torch
 

@@ -35,8 +35,12 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ram", metavar="SIZE", help="what the process may hold, e.g. 8GiB (default: what is free)")
     group.add_argument("--vram", metavar="SIZE", help="GPU memory to use (this version runs on the CPU)")
     group.add_argument("--experts-per-layer", type=int, metavar="K", help="slots per layer, the paper's k, instead")
-    group.add_argument("--policy", default="lru", help="lru or lfu; with -shared, one pool for all layers (default lru)")
-    group.add_argument("--prefetch", type=int, default=0, metavar="N", help="experts guessed per layer ahead (default 0)")
+    group.add_argument(
+        "--policy", default="lru", help="lru or lfu; with -shared, one pool for all layers (default lru)"
+    )
+    group.add_argument(
+        "--prefetch", type=int, default=0, metavar="N", help="experts guessed per layer ahead (default 0)"
+    )
     group.add_argument("--lookahead", type=int, default=1, metavar="D", help="layers to guess ahead (default 1)")
     group.add_argument("--context", type=int, default=None, metavar="TOKENS", help="tokens of KV cache to reserve")
 

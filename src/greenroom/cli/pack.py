@@ -1,7 +1,6 @@
 """`greenroom pack SRC DST`: quantise and pack."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from greenroom.cli import options as shared
@@ -24,10 +23,11 @@ def execute(options: argparse.Namespace) -> int:
     from greenroom.packing import pack
 
     given = {name: value for name, value in shared.bits_of(options).items() if value is not None}
-    demo = options.source == library.DEMO and not Path(library.DEMO).exists()
-    packed = pack(library.demo_checkpoint() if demo else options.source, options.target, **given)
+    packed = pack(
+        library.demo_checkpoint() if library.is_demo(options.source) else options.source, options.target, **given
+    )
     manifest = packed.manifest
-    report = {
+    report: dict[str, Any] = {
         "target": str(packed.folder),
         "nbytes": packed.nbytes,
         "settings": manifest.settings,

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from greenroom.cli import options as shared
@@ -31,7 +30,6 @@ def execute(options: argparse.Namespace) -> int:
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
     generation.check_sampling(options)
-    demo = options.model == library.DEMO and not Path(library.DEMO).exists()
     folder = library.find(options.model, **shared.bits_of(options))
     tokenizer = library.tokenizer_of(folder)
     if tokenizer is None:
@@ -39,7 +37,7 @@ def execute(options: argparse.Namespace) -> int:
     system = [{"role": "system", "content": options.system}] if options.system else []
     inputs = generation.encode(tokenizer, [*system, {"role": "user", "content": prompt}])
     context = inputs["input_ids"].shape[1] + options.max_new_tokens
-    engine = library.start(folder, shared.load_options(options, context), demo)
+    engine = library.start(folder, shared.load_options(options, context), library.is_demo(options.model))
     try:
         report = generation.answer(engine, tokenizer, inputs, options).report()
     finally:

@@ -60,9 +60,9 @@ def _expert(
     x: torch.Tensor, record: torch.Tensor, layout: "Sequence[RecordTensor]", activation: Activation
 ) -> torch.Tensor:
     first, second, *biases = layout
-    bias = [_unpack(record, tensor, x.dtype)[0] for tensor in biases] or [None, None]
-    hidden = activation.gate(_product(x, record, first, bias[0]))
-    out = _product(hidden, record, second, bias[1])
+    inner, outer = [_unpack(record, tensor, x.dtype)[0] for tensor in biases] or (None, None)
+    hidden = activation.gate(_product(x, record, first, inner))
+    out = _product(hidden, record, second, outer)
     return out if activation.after is None else activation.after(out)
 
 

@@ -119,7 +119,7 @@ class Manifest:
             kind, version = body.pop("format"), body.pop("version")
             if kind != "greenroom" or version != VERSION:
                 raise PackedModelError(
-                    f"{path} has format {kind!r} version {version!r}, this greenroom reads version {VERSION}: pack again"
+                    f"{path} has format {kind!r} version {version!r}, this greenroom reads {VERSION}: pack again"
                 )
             if not intact:
                 raise PackedModelError(f"{path} is corrupted (its checksum does not match): pack the model again")
@@ -127,12 +127,16 @@ class Manifest:
         except PackedModelError:
             raise
         except Exception as error:  # any shape of damage: the file is outside our control
-            raise PackedModelError(f"{path} is damaged ({type(error).__name__}: {error}): pack the model again") from error
+            raise PackedModelError(
+                f"{path} is damaged ({type(error).__name__}: {error}): pack the model again"
+            ) from error
 
     @classmethod
     def _parse(cls, body: "dict[str, Any]") -> "Manifest":
         experts = [_experts_entry(entry) for entry in body.pop("experts")]
-        linears = [LinearEntry(**{**entry, "format": Format.from_json(entry["format"])}) for entry in body.pop("linears")]
+        linears = [
+            LinearEntry(**{**entry, "format": Format.from_json(entry["format"])}) for entry in body.pop("linears")
+        ]
         tensors = [TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in body.pop("tensors")]
         files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
         manifest = cls(files=files, experts=tuple(experts), linears=tuple(linears), tensors=tuple(tensors), **body)
@@ -140,8 +144,11 @@ class Manifest:
         return manifest
 
     def _check_extents(self) -> None:
-        extents = [(e.file, e.offset, e.record_nbytes * e.num_experts) for e in self.experts]
-        extents += [(entry.file, entry.offset, entry.nbytes) for entry in (*self.linears, *self.tensors)]
+        extents: list[tuple[str, int, int]] = [
+            (e.file, e.offset, e.record_nbytes * e.num_experts) for e in self.experts
+        ]
+        extents += [(entry.file, entry.offset, entry.nbytes) for entry in self.linears]
+        extents += [(entry.file, entry.offset, entry.nbytes) for entry in self.tensors]
         for file, offset, nbytes in extents:
             if Path(file).name != file or offset < 0 or nbytes < 0 or offset + nbytes > self.files[file].nbytes:
                 raise ValueError(f"bytes {offset}+{nbytes} lie outside {file!r}")

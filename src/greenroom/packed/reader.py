@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from greenroom.buffers import byte_view, read_into
 from greenroom.errors import PackedModelError
 from greenroom.packed.manifest import LinearEntry, Manifest, TensorEntry
 from greenroom.progress import Progress
@@ -27,7 +28,11 @@ class PackedModel:
             if not path.is_file():
                 raise PackedModelError(f"{folder} lacks {name}: pack the model again")
             if path.stat().st_size != size:
-                raise PackedModelError(f"{path} has {path.stat().st_size} bytes instead of {size}: pack the model again")
+                raise PackedModelError(
+                    f"{path} has {path.stat().st_size} bytes instead of {size}: pack the model again"
+                )
+        if not self._is_as_packed("config.json"):  # a number in it changes what the weights compute
+            raise PackedModelError(f"{folder / 'config.json'} is missing or not what was packed: pack the model again")
 
     @property
     def nbytes(self) -> int:
@@ -58,10 +63,9 @@ class PackedModel:
     def verify(self, progress: "Progress | None" = None) -> "list[str]":
         """Read everything and compare checksums; one line per damaged record, none if all is well."""
         damaged = []
-        for name, crc32 in self.manifest.sidecars.items():
-            path = self.folder / name
-            if not path.is_file() or zlib.crc32(path.read_bytes()) != crc32:
-                damaged.append(f"{path} is missing or not what was packed: pack the model again")
+        for name in self.manifest.sidecars:
+            if not self._is_as_packed(name):
+                damaged.append(f"{self.folder / name} is missing or not what was packed: pack the model again")
         for file, offset, nbytes, crc32, what in self.records():
             try:
                 self._read(file, offset, nbytes, crc32, what)
@@ -71,15 +75,17 @@ class PackedModel:
                 progress.advance(nbytes)
         return damaged
 
+    def _is_as_packed(self, sidecar: str) -> bool:
+        path = self.folder / sidecar
+        return path.is_file() and zlib.crc32(path.read_bytes()) == self.manifest.sidecars.get(sidecar)
+
     def _read(self, file: str, offset: int, nbytes: int, crc32: int, what: str) -> torch.Tensor:
         raw = torch.empty(nbytes, dtype=torch.uint8)
-        view, done = memoryview(raw.numpy()), 0
+        view = byte_view(raw)
         with (self.folder / file).open("rb", buffering=0) as handle:
-            while done < nbytes:
-                count = os.preadv(handle.fileno(), [view[done:]], offset + done)
-                if count == 0:
-                    raise PackedModelError(f"{self.folder / file} ended at byte {offset + done}: pack the model again")
-                done += count
+            done = read_into(handle.fileno(), view, offset)
+            if done < nbytes:
+                raise PackedModelError(f"{self.folder / file} ended at byte {offset + done}: pack the model again")
             os.posix_fadvise(handle.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
         check_bytes(self.folder / file, view, crc32, what)
         return raw

@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from greenroom.errors import PackError
 from greenroom.packed.manifest import RECORD_ALIGNMENT
@@ -33,15 +34,15 @@ def header_of(entries: "Iterable[Entry]") -> "tuple[bytes, dict[str, int]]":
     The header is padded with spaces to a multiple of RECORD_ALIGNMENT, so that the first entry is aligned; entries
     that must be aligned have sizes that are multiples of it, and come first.
     """
-    table, begin = {}, 0
+    table: dict[str, Any] = {}
+    end = 0
     for entry in entries:
-        end = begin + entry.nbytes
+        begin, end = end, end + entry.nbytes
         table[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
-        begin = end
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % RECORD_ALIGNMENT)
     start = 8 + len(text)
-    offsets = {name: start + int(item["data_offsets"][0]) for name, item in table.items()}  # type: ignore[index]
+    offsets = {name: start + item["data_offsets"][0] for name, item in table.items()}
     return len(text).to_bytes(8, "little") + text, offsets
 
 
@@ -106,7 +107,9 @@ class Journal:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PackError(f"{self.path} is damaged: delete {folder} and pack again") from error
         if plan != self._plan:
-            raise PackError(f"{folder} holds an unfinished pack of another source or settings: delete it or choose another")
+            raise PackError(
+                f"{folder} holds an unfinished pack of another source or settings: delete it or choose another"
+            )
         self.done = {name: crc for name, crc in done.items() if (folder / name).is_file()}
 
     def note(self, name: str, checksums: "list[int]") -> None:

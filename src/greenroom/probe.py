@@ -1,0 +1,90 @@
+"""Measure this machine's disk and kernels on a model's own shapes, and predict tokens per second from them."""
+
+import contextlib
+import mmap
+import os
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from greenroom import kernels
+from greenroom.machine import median_s
+from greenroom.packed import ExpertsEntry, Manifest
+from greenroom.planner import Plan
+
+_READ_NBYTES = 2 << 20
+_READERS = 4
+
+
+def predict(plan: Plan, manifest: Manifest, config: Any, weights: Path) -> "dict[str, float]":
+    """Tokens per second from measured rates: missed bytes over the disk's, all touched bytes over the kernels'.
+
+    `hit_rate` assumes that every expert is equally likely, the worst case for a cache; real routing is kinder.
+    """
+    disk, kernel = disk_bandwidth(weights), kernel_bandwidth(manifest.experts[0])
+    top_k = experts_per_token(config)
+    touched = sum(min(top_k, entry.num_experts) * entry.record_nbytes for entry in manifest.experts)
+    compute_s = (touched + plan.dense) / kernel
+    hit_rate = plan.resident_share
+    read_s = touched * (1 - hit_rate) / disk
+    return {
+        "tokens_per_s": 1 / (compute_s + read_s),
+        "tokens_per_s_resident": 1 / compute_s,
+        "hit_rate": hit_rate,
+        "disk_bytes_per_s": disk,
+        "kernel_bytes_per_s": kernel,
+    }
+
+
+def experts_per_token(config: Any) -> int:
+    """top-k of the router, under any of the names configurations give it."""
+    text = config.get_text_config()
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k"):
+        value = getattr(text, name, None)
+        if isinstance(value, list | tuple):
+            value = max(value)
+        if isinstance(value, int):
+            return value
+    return 2
+
+
+def kernel_bandwidth(entry: ExpertsEntry) -> float:
+    """Packed bytes per second of one expert of `entry`'s shape on one token."""
+    record = torch.zeros(entry.record_nbytes, dtype=torch.uint8)
+    x = torch.zeros(1, entry.tensors[0].cols)
+    half = entry.tensors[1].cols
+    activation = kernels.Activation(gate=lambda hidden: hidden[:, :half])
+    task = kernels.ExpertTask(record, torch.zeros(1, dtype=torch.int64))
+    return entry.record_nbytes / median_s(lambda: kernels.experts(x, [task], entry.tensors, activation), trials=5)
+
+
+def disk_bandwidth(path: Path, budget_s: float = 0.5) -> float:
+    """Bytes per second of direct reads at random places of `path`, several in flight, for about `budget_s`."""
+    size = path.stat().st_size
+    places = range(0, max(size - _READ_NBYTES, 1), 4096)
+    file = _open_direct(path)
+    deadline, done = time.perf_counter() + budget_s, [0] * _READERS
+
+    def read(reader: int) -> None:
+        rng = random.Random(reader)
+        with mmap.mmap(-1, _READ_NBYTES) as buffer:
+            while time.perf_counter() < deadline:
+                done[reader] += os.preadv(file, [buffer], rng.choice(places))
+
+    start = time.perf_counter()
+    try:
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(read, range(_READERS)))
+    finally:
+        os.close(file)
+    return sum(done) / (time.perf_counter() - start)
+
+
+def _open_direct(path: Path) -> int:
+    with contextlib.suppress(OSError):  # tmpfs and some network file systems know no direct I/O
+        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+    return os.open(path, os.O_RDONLY)
