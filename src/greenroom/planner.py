@@ -13,7 +13,7 @@ from greenroom.packed import Manifest
 from greenroom.sizes import format_bytes
 
 _KERNEL_NBYTES = 48 << 20  # dequantised tiles and their temporaries; see kernels.reference.TILE
-_PROMPT_CHUNK = 512  # tokens whose activations the working set reserves
+_PROMPT_CHUNK = 512  # the most tokens whose activations the working set reserves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def make_plan(
         dense=dense,
         mapped=mapped,
         kv_cache=settings.context * kv_nbytes_per_token(config, element_size),
-        working_set=_working_set(manifest, config, element_size),
+        working_set=_working_set(manifest, config, min(settings.context, _PROMPT_CHUNK), element_size),
         staging=settings.staging * record_nbytes,
         record_nbytes=record_nbytes,
         experts=experts,
@@ -173,12 +173,12 @@ def _kv_width(config: Any) -> int:
     return 2 * kv_heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
-def _working_set(manifest: Manifest, config: Any, element_size: int) -> int:
-    """Activations of a prompt chunk, logits, and dequantised tiles."""
+def _working_set(manifest: Manifest, config: Any, tokens: int, element_size: int) -> int:
+    """Activations of `tokens` of a prompt, logits, and dequantised tiles."""
     text = config.get_text_config()
     hidden, vocab = int(text.hidden_size), int(text.vocab_size)
     wide = max(tensor.rows for entry in manifest.experts for tensor in entry.tensors)
-    activations = _PROMPT_CHUNK * (12 * hidden + 3 * wide) * element_size
+    activations = tokens * (12 * hidden + 3 * wide) * element_size
     return _KERNEL_NBYTES + activations + 4 * vocab * 4
 
 

@@ -9,15 +9,21 @@ import torch
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Router:
-    """A gate's `weight` [num_experts, hidden] and, for sigmoid gates, its correction `bias` [num_experts]."""
+    """A gate: `weight` [num_experts, hidden], and its vectors [num_experts], if it has them: `bias` is added to the
+    logits, `correction` to their sigmoid."""
 
     weight: torch.Tensor
     bias: "torch.Tensor | None" = None
+    correction: "torch.Tensor | None" = None
+
+    def reads(self, hidden: torch.Tensor) -> bool:
+        """Whether the gate's width is that of `hidden`; a vision tower's is not the text model's."""
+        return self.weight.shape[1] == hidden.shape[1]
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores [T, num_experts] that rank experts like the gate does on `hidden` [T, hidden]."""
-        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight)
-        return logits if self.bias is None else logits.sigmoid() + self.bias
+        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return logits if self.correction is None else logits.sigmoid() + self.correction
 
 
 class Prefetcher:
@@ -36,8 +42,11 @@ class Prefetcher:
         if count == 0:
             return []
         ahead = range(layer + 1, min(layer + (1 if prompt else self.lookahead), len(self._routers) - 1) + 1)
+        routers = ((other, self._routers[other]) for other in ahead)
         return [
-            (other, self._rank(router, hidden, top_k, count)) for other in ahead if (router := self._routers[other])
+            (other, self._rank(router, hidden, top_k, count))
+            for other, router in routers
+            if router is not None and router.reads(hidden)
         ]
 
     def _rank(self, router: Router, hidden: torch.Tensor, top_k: int, count: int) -> "list[int]":

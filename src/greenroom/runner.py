@@ -56,9 +56,10 @@ class ExpertRunner:
         try:
             self._cache.request(layer, call.experts, call.valued)
             self._start_loads()
-            for ahead, experts in self._prefetcher.guess(layer, x, top_k_index.shape[1], prompt):
-                self._cache.guess(ahead, experts)
-            self._start_loads()
+            if len(x):
+                for ahead, experts in self._prefetcher.guess(layer, x, top_k_index.shape[1], prompt):
+                    self._cache.guess(ahead, experts)
+                self._start_loads()
             activation = _activation(module)
             out = self._in_turn(layer, call, activation) if prompt else self._as_they_come(layer, call, activation)
             self._cache.finish()
@@ -88,12 +89,22 @@ class ExpertRunner:
         return out.to(call.x.dtype)
 
     def _in_turn(self, layer: int, call: "_Call", activation: Activation) -> torch.Tensor:
-        """A prompt: experts in ascending order, each added at once, so that only one output is held."""
+        """A prompt: experts in ascending order, each added at once, so that few outputs are held."""
         out = torch.zeros_like(call.x, dtype=torch.float32)
-        for expert in call.experts:
-            while self._cache.ready(layer, expert) is None:
-                self._collect(wait=True)
-            call.add(out, expert, self._compute(layer, call, [expert], activation)[expert])
+        early: dict[int, torch.Tensor] = {}
+        for number, expert in enumerate(call.experts):
+            while expert not in early and self._cache.ready(layer, expert) is None:
+                if self._transfer.busy:
+                    self._collect(wait=True)
+                    continue
+                # guesses that came true hold every buffer: they are computed first, and added in their turn
+                later = [other for other in call.experts[number + 1 :] if other not in early]
+                ready = [other for other in later if self._cache.ready(layer, other) is not None]
+                assert ready, "nothing is read and nothing is there"
+                early |= self._compute(layer, call, ready, activation)
+            if expert not in early:
+                early |= self._compute(layer, call, [expert], activation)
+            call.add(out, expert, early.pop(expert))
             self._collect(wait=False)
         return out.to(call.x.dtype)
 

@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers import AutoHfQuantizer
 
 from greenroom.errors import CheckpointError, UnsupportedModelError
 
@@ -106,6 +107,26 @@ def model_class(config: Any) -> Any:
     )
 
 
+def dequantizer(config: Any, folder: Path) -> Any:
+    """transformers' quantizer set to dequantise, for checkpoints that are published in fp8 or mxfp4; else None.
+
+    Raises UnsupportedModelError for other quantised checkpoints.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
+    if method not in ("fp8", "mxfp4"):
+        raise UnsupportedModelError(
+            f"{folder} is already quantised ({method}): greenroom packs 16- and 32-bit, fp8 and mxfp4 checkpoints, "
+            "so take another"
+        )
+    quantizer = AutoHfQuantizer.from_config({**settings, "quant_method": method}, pre_quantized=True)
+    quantizer.quantization_config.dequantize = True
+    return quantizer
+
+
 def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The model on the meta device: every module and shape, no bytes."""
     config = copy.deepcopy(config)
@@ -177,17 +198,21 @@ def plain_embeddings(model: Any) -> "list[str]":
 def packable_linears(model: Any, experts: list[ExpertsModule]) -> list[str]:
     """Paths of the plain linears of the decoder stack that run from packed bits: attention, shared and dense MLPs.
 
-    Left at 16 bits: routers and shared-expert gates (they decide, they hardly weigh), and everything outside the
-    layers that hold experts, such as vision towers.
+    Left at 16 bits: routers, shared-expert gates and other narrow projections (they decide much and hardly weigh), and
+    everything outside the layers that hold experts, such as vision towers.
     """
     stacks = {_stack(module.name) for module in experts}
     widths = {_block(module.name): module.num_experts for module in experts}
     names = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{stack}.") for stack in stacks)
-        if type(module) is nn.Linear and inside and not _decides(name, module, widths):
+        if type(module) is nn.Linear and inside and not _narrow(module) and not _decides(name, module, widths):
             names.append(name)
     return names
+
+
+def _narrow(linear: nn.Linear) -> bool:
+    return linear.out_features * 16 <= linear.in_features
 
 
 def _stack(path: str) -> str:
@@ -211,18 +236,34 @@ def _decides(name: str, linear: nn.Linear, widths: "dict[str, int]") -> bool:
     return False
 
 
-def router(
-    model: Any, experts: str, num_experts: int, hidden: int
-) -> "tuple[torch.Tensor, torch.Tensor | None] | None":
-    """The gate's weight [num_experts, hidden] and correction bias [num_experts] beside the module `experts`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A router found beside experts: `weight` [num_experts, hidden]; `bias` [num_experts] is added to its logits,
+    `correction` [num_experts] to their sigmoid; None where the family has none."""
+
+    weight: torch.Tensor
+    bias: "torch.Tensor | None" = None
+    correction: "torch.Tensor | None" = None
+
+
+def router(model: Any, experts: str, num_experts: int, hidden: int) -> "Gate | None":
+    """The gate beside the module `experts`, if it is a plain matrix.
 
     Found by shape, so that prefetching needs no per-family code; None where that is ambiguous.
     """
     block = model.get_submodule(_block(experts))
-    beside = [(name, value) for name, value in tensors(block) if not name.startswith(experts.rpartition(".")[2] + ".")]
-    weights = [value for _, value in beside if tuple(value.shape) == (num_experts, hidden)]
-    biases = [value for name, value in beside if "correction_bias" in name and tuple(value.shape) == (num_experts,)]
-    return (weights[0], biases[0] if len(biases) == 1 else None) if len(weights) == 1 else None
+    own = experts.rpartition(".")[2] + "."
+    beside = {name: value for name, value in tensors(block) if not name.startswith(own)}
+    weights = [name for name, value in beside.items() if tuple(value.shape) == (num_experts, hidden)]
+    if len(weights) != 1:
+        return None
+    vectors = {name: value.reshape(-1) for name, value in beside.items() if value.numel() == num_experts}
+    corrections = [value for name, value in vectors.items() if name.endswith(("correction_bias", "expert_bias"))]
+    return Gate(
+        weight=beside[weights[0]],
+        bias=vectors.get(weights[0].removesuffix("weight") + "bias"),
+        correction=corrections[0] if len(corrections) == 1 else None,
+    )
 
 
 def tensors(module: nn.Module) -> "Iterator[tuple[str, torch.Tensor]]":

@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from greenroom import seam
 from greenroom.checkpoint.shards import Shards
-from greenroom.errors import CheckpointError, UnsupportedModelError
+from greenroom.errors import CheckpointError
 
 
 @dataclasses.dataclass(slots=True)
@@ -56,7 +56,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = seam.load_config(folder)
-        _refuse_quantized(folder, self.config)
+        self._quantizer = seam.dequantizer(self.config, folder)
         self.model = seam.skeleton(self.config)
         experts = seam.experts_modules(self.model)
         self.shards = Shards(folder)
@@ -135,7 +135,7 @@ class Checkpoint:
 
     def _map(self) -> "list[_Route]":
         """The same walk that transformers' loader takes over the sorted checkpoint names."""
-        transforms = get_model_conversion_mapping(self.model)
+        transforms = get_model_conversion_mapping(self.model, hf_quantizer=self._quantizer)
         renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
@@ -171,11 +171,30 @@ class Checkpoint:
 
     def _check_experts(self) -> None:
         """Every expert of every module has its tensors, before hours of packing start."""
-        for target, (module, _) in self._parameters.items():
+        patterns: dict[str, set[str]] = {}
+        for target, (_, parameter) in self._parameters.items():
+            if target not in self.tied and self._expert_routes[target].converter is not None:
+                patterns.setdefault(parameter.name, set()).update(self._by_pattern(self._expert_routes[target]))
+        for target, (module, parameter) in self._parameters.items():
             if target in self.tied:
                 continue
-            for names in self._by_pattern(self._expert_routes[target]).values():
-                self._select(self._expert_routes[target], names, target, module.num_experts, 0)
+            route = self._expert_routes[target]
+            found = self._by_pattern(route)
+            missing = patterns[parameter.name] - found.keys() if route.converter is not None else set()
+            if missing:
+                raise CheckpointError(
+                    f"{self.folder} holds no {min(missing)} for {target}: the checkpoint is incomplete"
+                )
+            for names in found.values():
+                self._select(route, names, target, module.num_experts, 0)
+                self._check_numbers(names, target)
+
+    def _check_numbers(self, names: "list[str]", target: str) -> None:
+        """Experts stored one by one are numbered 0, 1, 2 …; a gap would shift all that follow."""
+        parts = [name.split(".") for name in names]
+        varying = [column for column in zip(*parts, strict=False) if len(set(column)) > 1]
+        if len(names) > 1 and varying[:1] != [tuple(str(number) for number in range(len(names)))]:
+            raise CheckpointError(f"{self.folder}: the experts of {target} are not numbered 0 to {len(names) - 1}")
 
     def _by_pattern(self, route: _Route) -> "dict[str, list[str]]":
         grouped: dict[str, list[str]] = {}
@@ -187,7 +206,7 @@ class Checkpoint:
         """The checkpoint tensors among `names` that make expert `index`; a stacked tensor is kept for slicing."""
         ndim = self._state[target].ndim
         info = self.shards.tensors[names[0]]
-        if len(info.shape) == ndim and len(names) == 1:
+        if len(info.shape) >= ndim and len(names) == 1:
             count = info.shape[0]
             chosen = names
         else:
@@ -203,7 +222,7 @@ class Checkpoint:
         converter = copy.deepcopy(route.converter)
         for pattern, names in self._by_pattern(route).items():
             for name in self._select(route, names, target, num_experts, index):
-                stacked = len(self.shards.tensors[name].shape) == ndim and len(names) == 1
+                stacked = len(self.shards.tensors[name].shape) >= ndim and len(names) == 1
                 value = self.shards.read_slice(name, index) if stacked else self.shards.read(name)
                 if converter is None:
                     return value[0] if stacked else value
@@ -219,6 +238,9 @@ class _OneExpert:
     def __init__(self, model: Any, stacked: "set[str]") -> None:
         self._model, self._stacked, self.config = model, stacked, model.config
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
     def get_parameter(self, name: str) -> torch.Tensor:
         parameter: torch.Tensor = self._model.get_parameter(name)
         return parameter[:1] if name in self._stacked else parameter
@@ -230,13 +252,3 @@ def _run(converter: WeightConverter, target: str, model: Any, folder: Path) -> "
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{folder}: transformers cannot convert the tensors of {target} ({error})") from error
     return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
-
-
-def _refuse_quantized(folder: Path, config: Any) -> None:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-        raise UnsupportedModelError(
-            f"{folder} is already quantised ({method}): greenroom packs 16- and 32-bit checkpoints, so take the "
-            "unquantised one"
-        )

@@ -20,7 +20,7 @@ from greenroom.errors import CheckpointError
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _HEADER_LIMIT = 100 << 20  # the safetensors format's own limit
 
@@ -104,7 +104,7 @@ def _shard_paths(folder: Path) -> "list[Path]":
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise CheckpointError(f"{index} is damaged ({error!r}): fetch it again") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
@@ -119,7 +119,7 @@ def _shard_paths(folder: Path) -> "list[Path]":
     if not paths:
         others = [path.name for pattern in ("*.bin", "*.gguf", "*.pt", "*.pth") for path in folder.glob(pattern)]
         found = f" (only {others[0]})" if others else ""
-        raise CheckpointError(f"{folder} holds no safetensors weights{found}: greenroom packs safetensors checkpoints")
+        raise CheckpointError(f"{folder} holds no safetensors weights{found}: give a folder that does")
     return paths
 
 

@@ -49,7 +49,8 @@ def execute(options: argparse.Namespace) -> int:
     for number, trial in enumerate(trials, start=1):
         print(
             f"trial {number}: {trial['tokens_per_s']:.2f} tokens/s, "
-            f"prompt {trial['prompt_tokens_per_s']:.1f} tokens/s, hit rate {trial['hit_rate']:.1%}, {format_bytes(trial['bytes_read_per_token'])} per token, "
+            f"prompt {trial['prompt_tokens_per_s']:.1f} tokens/s, hit rate {trial['hit_rate']:.1%}, "
+            f"{format_bytes(trial['bytes_read_per_token'])} per token, "
             f"stall {trial['stall_share']:.0%}"
         )
     print(

@@ -1,0 +1,39 @@
+"""Shared by all tests: a tiny Mixtral on disk and packed, one thread, and a quiet transformers."""
+
+import os
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run tiny matrices, and beside each other: threads would wait for threads
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+
+from families import FAMILIES
+from greenroom.packed import PackedModel
+from greenroom.packing import pack
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mixtral of 3 layers of 6 experts, every weight exact in bfloat16."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    FAMILIES["mixtral"].build().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed4(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+    """`checkpoint` at 4 bits. Read only: copy it to damage it."""
+    return pack(checkpoint, tmp_path_factory.mktemp("packed4") / "model", expert_bits=4)
+
+
+@pytest.fixture(scope="session")
+def packed16(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+    """`checkpoint` at 16 bits: the same weights to the last bit."""
+    return pack(checkpoint, tmp_path_factory.mktemp("packed16") / "model", expert_bits=16, head_bits=16)

@@ -1,0 +1,140 @@
+"""The memory promise under a limit that the kernel enforces: `ram` is kept, and more would have been killed."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from greenroom.packed import PackedModel
+from greenroom.packing import pack
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = """
+import os, sys, json, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from greenroom.config import EngineSettings
+from greenroom.engine import Engine
+from greenroom.metrics import process_memory
+from greenroom.packed import PackedModel
+folder, options = sys.argv[1], json.loads(sys.argv[2])
+engine = Engine(PackedModel(Path(folder)), EngineSettings(context=256, **options))
+prompt = torch.arange(4, 164)[None] % 500
+tokens = engine.model.generate(prompt, max_new_tokens=24, do_sample=False)[0].tolist()
+plan = engine.plan
+found = {"tokens": tokens, "fixed": plan.fixed, "total": plan.total, "slots": plan.slots, **process_memory()}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+    """48 experts of 6 MiB."""
+    folder = tmp_path_factory.mktemp("memory")
+    config = MixtralConfig(
+        vocab_size=512,
+        hidden_size=1024,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_local_experts=12,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "source", max_shard_size="100MB")
+    return pack(folder / "source", folder / "packed", expert_bits=16)
+
+
+class Group:
+    """A cgroup with a memory limit; version 1 or 2."""
+
+    def __init__(self, limit: int) -> None:
+        self.path, name = _group_to_be()
+        self.path.mkdir()
+        try:
+            (self.path / name).write_text(str(limit))
+            with contextlib.suppress(OSError):
+                (self.path / "memory.swap.max").write_text("0")
+            with contextlib.suppress(OSError):
+                (self.path / "memory.memsw.limit_in_bytes").write_text(str(limit))
+        except OSError:
+            self.path.rmdir()
+            raise
+
+    def enter(self) -> None:
+        """Called in the child."""
+        (self.path / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def _group_to_be() -> "tuple[Path, str]":
+    """Where a child of this process's own group would lie, and its limit's file."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            root, limit = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+            break
+    else:
+        root, limit = Path("/sys/fs/cgroup"), "memory.max"
+    folder = root / path.lstrip("/")
+    return (folder if folder.is_dir() else root) / f"greenroom-{uuid.uuid4().hex[:8]}", limit
+
+
+@contextlib.contextmanager
+def group(limit: int) -> "Iterator[Group]":
+    try:
+        made = Group(limit)
+    except OSError as error:
+        pytest.skip(f"no permission to limit memory: {error}")
+    try:
+        yield made
+    finally:
+        made.path.rmdir()
+
+
+def run(model: PackedModel, within: "Group | None" = None, **options: int) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(model.folder), json.dumps(options)],
+        capture_output=True,
+        text=True,
+        preexec_fn=within.enter if within is not None else None,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def answer(done: "subprocess.CompletedProcess[str]") -> "dict[str, int | list[int]]":
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, int | list[int]] = json.loads(done.stdout)
+    return found
+
+
+def test_a_run_keeps_its_budget_under_a_hard_limit(model: PackedModel) -> None:
+    free = answer(run(model, experts_per_layer=0))
+    ram = int(free["fixed"]) + (60 << 20)  # type: ignore[arg-type]
+    with group(int(ram * 1.2)) as limited:
+        found = answer(run(model, limited, ram=ram))
+    assert found["tokens"] == free["tokens"]
+    assert 0 < int(found["slots"]) < 48  # type: ignore[arg-type]
+    assert int(found["total"]) <= ram  # type: ignore[arg-type]
+    assert int(found["anonymous"]) <= ram  # type: ignore[arg-type]
+
+
+def test_the_limit_bites(model: PackedModel) -> None:
+    """Negative control: with every expert in memory the same limit ends the run."""
+    free = answer(run(model, experts_per_layer=0))
+    ram = int(free["fixed"]) + (60 << 20)  # type: ignore[arg-type]
+    with group(int(ram * 1.2)) as limited:
+        assert run(model, limited, experts_per_layer=12).returncode == -signal.SIGKILL

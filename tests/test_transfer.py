@@ -1,0 +1,273 @@
+"""Reader threads and stores: errors surface, nothing hangs, demand goes first, every way of reading gives the bytes."""
+
+import errno
+import os
+import random
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from greenroom.cache import Load
+from greenroom.errors import PackedModelError
+from greenroom.packed import PackedModel
+from greenroom.store import Arena, DiskStore, MemoryStore
+from greenroom.transfer import PIECE_NBYTES, Transfer
+
+PAGE = 4096
+
+
+def within(seconds: float, action):
+    """The result of `action`, or a failure instead of a hang."""
+    outcome: list = []
+
+    def run() -> None:
+        try:
+            outcome.append((action(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert outcome, "it hangs"
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def records(experts: int = 4, nbytes: int = PAGE) -> "list[list[bytes]]":
+    return [[random.Random(expert).randbytes(nbytes) for expert in range(experts)]]
+
+
+def load(expert: int, buffer: int, speculative: bool = False) -> Load:
+    return Load((0, expert), buffer, speculative)
+
+
+class Gate(MemoryStore):
+    """Reads wait until the gate opens, and fail for the experts in `broken`; every read is noted."""
+
+    def __init__(self, records, broken=(), corrupted=()) -> None:
+        super().__init__(records)
+        self.open = threading.Event()
+        self.begun = threading.Event()
+        self.broken, self.corrupted, self.seen = set(broken), set(corrupted), []
+
+    def read(self, layer, expert, start, into):
+        self.seen.append((expert, start))
+        self.begun.set()
+        assert self.open.wait(20)
+        if expert in self.broken:
+            raise PackedModelError(f"expert {expert} is gone")
+        super().read(layer, expert, start, into)
+
+    def check(self, layer, expert, record):
+        if expert in self.corrupted:
+            raise PackedModelError(f"expert {expert} is corrupted")
+
+
+@pytest.fixture
+def transfers():
+    made = []
+
+    def make(store, buffers=8, readers=2, **options):
+        arena = Arena(buffers, store.record_nbytes)
+        made.append((Transfer(store, arena, readers, **options), store))
+        return made[-1][0], arena
+
+    yield make
+    for transfer, store in made:
+        if isinstance(store, Gate):
+            store.open.set()
+        within(10, transfer.close)
+
+
+def collect(transfer: Transfer, count: int) -> "list[int]":
+    done: list[int] = []
+    while len(done) < count:
+        done += within(10, lambda: transfer.poll(wait=True))
+    return done
+
+
+@pytest.mark.parametrize("nbytes", [PAGE, PIECE_NBYTES, PIECE_NBYTES + PAGE, 3 * PIECE_NBYTES])
+@pytest.mark.parametrize("readers", [1, 3])
+def test_records_arrive_whole(transfers, nbytes: int, readers: int) -> None:
+    data = records(3, nbytes)
+    transfer, arena = transfers(MemoryStore(data), readers=readers)
+    for expert in range(3):
+        transfer.start(load(expert, 5 - expert))
+    assert sorted(collect(transfer, 3)) == [3, 4, 5]
+    for expert in range(3):
+        assert bytes(arena.view(5 - expert, nbytes)) == data[0][expert]
+    assert transfer.bytes_read == 3 * nbytes
+    assert transfer.poll(wait=False) == []
+
+
+@pytest.mark.parametrize("kind", ["broken", "corrupted"])
+@pytest.mark.parametrize("nbytes", [PAGE, 3 * PIECE_NBYTES])
+def test_a_failed_read_is_raised_once_and_its_buffer_comes_back(transfers, kind: str, nbytes: int) -> None:
+    store = Gate(records(2, nbytes), **{kind: [1]})
+    transfer, _ = transfers(store)
+    transfer.start(load(1, 0))
+    store.open.set()
+    with pytest.raises(PackedModelError, match="expert 1"):
+        within(10, lambda: transfer.poll(wait=True))
+    assert collect(transfer, 1) == [0]
+    store.broken.clear(), store.corrupted.clear()
+    transfer.start(load(1, 0))
+    assert collect(transfer, 1) == [0]
+
+
+@pytest.mark.parametrize("already", [True, False], ids=["failed", "reading"])
+def test_abandoned_errors_reach_no_later_access(transfers, already: bool) -> None:
+    store = Gate(records(), broken=[0, 1])
+    transfer, _ = transfers(store)
+    transfer.start(load(0, 0))
+    transfer.start(load(1, 1))
+    if already:
+        store.open.set()
+        with pytest.raises(PackedModelError):
+            within(10, lambda: transfer.poll(wait=True))
+        time.sleep(0.05)
+    transfer.abandon()
+    store.open.set()
+    transfer.start(load(2, 2))
+    assert sorted(collect(transfer, 3)) == [0, 1, 2]
+
+
+def test_other_errors_surface_too(transfers) -> None:
+    class Buggy(MemoryStore):
+        def read(self, layer, expert, start, into):
+            raise ZeroDivisionError
+
+    transfer, _ = transfers(Buggy(records()))
+    transfer.start(load(0, 0))
+    with pytest.raises(ZeroDivisionError):
+        within(10, lambda: transfer.poll(wait=True))
+
+
+def test_close_waits_for_reads_in_flight_and_drops_the_rest(transfers) -> None:
+    store = Gate(records())
+    transfer, _ = transfers(store, readers=1)
+    for expert in range(3):
+        transfer.start(load(expert, expert))
+    assert store.begun.wait(10)
+    threading.Timer(0.05, store.open.set).start()
+    within(10, transfer.close)
+    assert store.seen == [(0, 0)]
+    within(10, transfer.close)  # twice does no harm
+    assert not [thread for thread in transfer._threads if thread.is_alive()]
+
+
+def test_a_closed_transfer_says_so_instead_of_hanging(transfers) -> None:
+    transfer, _ = transfers(MemoryStore(records()))
+    transfer.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        transfer.start(load(0, 0))
+    with pytest.raises(RuntimeError, match="closed"):
+        within(10, lambda: transfer.poll(wait=True))
+
+
+def test_closing_wakes_whoever_waits(transfers) -> None:
+    transfer, _ = transfers(MemoryStore(records()))
+    threading.Timer(0.05, transfer.close).start()
+    with pytest.raises(RuntimeError, match="closed"):
+        within(10, lambda: transfer.poll(wait=True))
+
+
+def test_demand_overtakes_queued_guesses(transfers) -> None:
+    store = Gate(records(6))
+    transfer, _ = transfers(store, readers=1)
+    transfer.start(load(0, 0, speculative=True))
+    assert store.begun.wait(10)  # the only reader is busy: what follows queues
+    for expert in (1, 2):
+        transfer.start(load(expert, expert, speculative=True))
+    for expert in (3, 4):
+        transfer.start(load(expert, expert))
+    store.open.set()
+    collect(transfer, 5)
+    assert [expert for expert, _ in store.seen] == [0, 3, 4, 1, 2]
+
+
+def test_pieces_of_one_record_are_spread_over_readers(transfers) -> None:
+    store = Gate(records(1, 4 * PIECE_NBYTES))
+    transfer, _ = transfers(store, buffers=1, readers=3)
+    transfer.start(load(0, 0))
+    deadline = time.monotonic() + 10
+    while len(store.seen) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert sorted(store.seen) == [(0, 0), (0, PIECE_NBYTES), (0, 2 * PIECE_NBYTES)]
+
+
+def test_shuffle_only_reorders(transfers) -> None:
+    transfer, _ = transfers(MemoryStore(records(6)), shuffle=random.Random(0).shuffle)
+    for expert in range(6):
+        transfer.start(load(expert, expert))
+    assert sorted(collect(transfer, 6)) == list(range(6))
+
+
+def everything(store: DiskStore, packed: PackedModel) -> "list[bytes]":
+    arena = Arena(1, store.record_nbytes)
+    found = []
+    for layer, entry in enumerate(packed.manifest.experts):
+        assert store.nbytes(layer) == entry.record_nbytes
+        for expert in range(entry.num_experts):
+            view = arena.view(0, entry.record_nbytes)
+            store.read(layer, expert, PAGE, view[PAGE:])
+            store.read(layer, expert, 0, view[:PAGE])
+            store.check(layer, expert, view)
+            found.append(bytes(view))
+    store.close()
+    return found
+
+
+def test_direct_and_buffered_reads_give_the_same_bytes(packed4: PackedModel) -> None:
+    direct, buffered = DiskStore(packed4), DiskStore(packed4, direct=False)
+    assert not buffered.direct
+    found = everything(direct, packed4)
+    assert found == everything(buffered, packed4)
+    assert len(set(found)) == len(found) == 18
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no /dev/shm")
+def test_memory_backed_file_systems_are_read_too(packed4: PackedModel) -> None:
+    folder = Path("/dev/shm") / f"greenroom-test-{os.getpid()}"
+    shutil.copytree(packed4.folder, folder)
+    try:
+        copy = PackedModel(folder)
+        assert everything(DiskStore(copy), copy) == everything(DiskStore(packed4), packed4)
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_without_direct_io_reads_are_buffered(packed4: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def no_direct(path, flags, *rest):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", no_direct)
+    store = DiskStore(packed4)
+    assert not store.direct
+    assert len(everything(store, packed4)) == 18
+
+
+def test_a_file_that_vanishes_or_shrinks_is_one_line(packed4: PackedModel, tmp_path: Path) -> None:
+    shutil.copytree(packed4.folder, tmp_path / "m")
+    packed = PackedModel(tmp_path / "m")
+    path = packed.folder / packed.manifest.experts[0].file
+    store = DiskStore(packed)
+    os.truncate(path, path.stat().st_size - PAGE)
+    arena = Arena(1, store.record_nbytes)
+    with pytest.raises(PackedModelError, match=r"ended at byte \d+") as caught:
+        store.read(0, 5, 0, arena.view(0, store.record_nbytes))
+    assert "\n" not in str(caught.value) and path.name in str(caught.value)
+    store.close()
+    path.unlink()
+    with pytest.raises(PackedModelError, match="cannot open"):
+        DiskStore(packed)
