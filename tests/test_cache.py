@@ -29,9 +29,7 @@ def scenarios(draw):
 
 
 def make(capacities, staging, policy):
-    return ExpertCache(
-        layers=LAYERS, capacities=capacities, staging=staging, policy=POLICIES[policy], validate=True
-    )
+    return ExpertCache(layers=LAYERS, capacities=capacities, staging=staging, policy=POLICIES[policy], validate=True)
 
 
 def drive(cache: ExpertCache, requests, rng: random.Random, guess: bool = True):

@@ -162,9 +162,7 @@ def test_readers_do_not_show(
 def test_the_order_of_arrival_does_not_show(
     packed4: PackedModel, expected: "list[torch.Tensor]", engines: Engines, seed: int, slots: int, **options: Any
 ) -> None:
-    engine = engines(
-        packed4, Noted(packed4, seed), random.Random(seed), experts_per_layer=slots, **options
-    )
+    engine = engines(packed4, Noted(packed4, seed), random.Random(seed), experts_per_layer=slots, **options)
     try:
         assert same(logits_of(engine.model), expected)
     finally:
@@ -194,9 +192,7 @@ class Tampered(DiskStore):
 
 
 @pytest.mark.parametrize("how", ["swapped", "dropped", "one bit", "sound"])
-def test_a_wrong_expert_shows(
-    packed4: PackedModel, expected: "list[torch.Tensor]", engines: Engines, how: str
-) -> None:
+def test_a_wrong_expert_shows(packed4: PackedModel, expected: "list[torch.Tensor]", engines: Engines, how: str) -> None:
     found = logits_of(engines(packed4, Tampered(packed4, how)).model)
     assert torch.equal(found[0], expected[0]) == (how == "sound")
 

@@ -532,22 +532,7 @@ def edit_config(folder: Path, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
-NO_REMEDY = "expert missing,expert of another shape,norm of another shape,config of more experts,config is a list"
-NO_REMEDY += ",config of no model,config of an unknown model"
-ANOTHER_ERROR = "config is a number,config with a text for a size,config with a negative size"
-
-
-def damages() -> "list[Any]":
-    found = []
-    for name in DAMAGES:
-        reason = "no remedy" if name in NO_REMEDY.split(",") else "no GreenroomError"
-        known = name in f"{NO_REMEDY},{ANOTHER_ERROR}".split(",")
-        marks = [pytest.mark.xfail(reason=reason, strict=True)] if known else []
-        found.append(pytest.param(name, marks=marks))
-    return found
-
-
-@pytest.mark.parametrize("damage", damages())
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_source_is_one_line(source: Path, tmp_path: Path, damage: str) -> None:
     change, words = DAMAGES[damage]
     change(source)
@@ -706,9 +691,7 @@ def run(engine: Engine) -> torch.Tensor:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_flipped_record_stops_the_run_and_the_engine_survives(
-    damaged: Path, packed4: PackedModel, data: Any
-) -> None:
+def test_a_flipped_record_stops_the_run_and_the_engine_survives(damaged: Path, packed4: PackedModel, data: Any) -> None:
     packed = PackedModel(damaged)
     layer = data.draw(st.integers(0, len(packed.manifest.experts) - 1))
     entry = packed.manifest.experts[layer]
@@ -769,7 +752,6 @@ def test_a_flipped_dense_weight_stops_the_model_from_opening(damaged: Path, data
         flip(damaged / entry.file, position, bit)
 
 
-@pytest.mark.xfail(reason="mapped embeddings are never checked", strict=True)
 def test_a_flipped_mapped_embedding_stops_the_model(damaged: Path) -> None:
     packed = PackedModel(damaged)
     (entry,) = [entry for entry in packed.manifest.tensors if entry.mappable]

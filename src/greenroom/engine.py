@@ -38,19 +38,19 @@ class Engine:
     ) -> None:
         policy = planner.check_policy(settings.policy, sorted(POLICIES))
         self.packed, self.settings = packed, settings
-        before = process_memory()["anonymous"]
+        runtime = process_memory()["anonymous"]
         budget = settings.ram
         if budget is None and settings.experts_per_layer is None:
-            budget = before + int(available_memory() * _SPARE)
-        self.model: Any = build(packed, dtype, self._serve)
+            budget = runtime + int(available_memory() * _SPARE)
         self.plan = planner.make_plan(
             packed.manifest,
-            self.model.config,
+            seam.load_config(packed.folder),
             settings,
-            runtime=before,
+            runtime=runtime,
             budget=budget,
             element_size=dtype.itemsize,
         )
+        self.model: Any = build(packed, dtype, self._serve)
         self._store = store if store is not None else DiskStore(packed)
         arena = Arena(self.plan.slots + settings.staging, self.plan.record_nbytes)
         self._transfer = Transfer(self._store, arena, settings.readers, shuffle.shuffle if shuffle else None)

@@ -206,7 +206,7 @@ def tokenizer_of(folder: Path) -> Any:
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # tokenizers fail in many ways; the model still runs
             raise errors.PackedModelError(
-                f"the tokenizer in {folder} cannot be loaded ({str(error).splitlines()[0]}): pack the model again"
+                f"the tokenizer in {folder} cannot be loaded ({str(error).splitlines()[0]}): delete the packed folder and pack again"
             ) from error
 
 

@@ -95,6 +95,7 @@ def build(packed: PackedModel, dtype: torch.dtype, serve: seam.ServeExperts) -> 
     replaced: dict[str, nn.Module] = {}
     for name, entry in embeddings.items():
         path = name.removesuffix(".weight")
+        packed.check_tensor(entry)
         padding_idx = model.get_submodule(path).padding_idx
         replaced[path] = MappedEmbedding(packed, entry, dtype, padding_idx)
     for linear in manifest.linears:
@@ -130,7 +131,7 @@ def _layers_of(packed: PackedModel, experts: "list[seam.ExpertsModule]") -> "dic
         if entry is None or entry.num_experts != module.num_experts or shapes != wanted:
             raise PackedModelError(
                 f"{packed.folder}: the packed experts do not fit {module.name} of this transformers' "
-                f"{type(module).__name__}: pack the model again"
+                f"{type(module).__name__}: delete the packed folder and pack again"
             )
         layers[module.name] = index[owner]
     return layers
@@ -143,4 +144,6 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _check_nothing_is_left(model: Any, packed: PackedModel) -> None:
     left = [name for name, tensor in seam.tensors(model) if tensor.is_meta]
     if left:
-        raise PackedModelError(f"{packed.folder} holds no weight for {left[0]}: pack the model again")
+        raise PackedModelError(
+            f"{packed.folder} holds no weight for {left[0]}: delete the packed folder and pack again"
+        )

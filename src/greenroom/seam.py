@@ -21,7 +21,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import AutoHfQuantizer
 
-from greenroom.errors import CheckpointError, UnsupportedModelError
+from greenroom.errors import CheckpointError, GreenroomError, UnsupportedModelError
 
 IMPLEMENTATION = "greenroom"
 """Name of our function in `ALL_EXPERTS_FUNCTIONS`."""
@@ -82,15 +82,21 @@ def load_config(folder: Path) -> Any:
         raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error}): fetch the checkpoint again") from error
+    if not isinstance(raw, dict) or not raw.get("model_type"):
+        raise CheckpointError(f"{path} names no model_type: fetch the checkpoint again")
     if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
         raise UnsupportedModelError(f"{folder}: {raw.get('model_type')} runs custom code, which greenroom does not")
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # configuration classes validate themselves, each in its own way
         raise UnsupportedModelError(
-            f"{path}: transformers {transformers.__version__} cannot read this configuration ({reason})"
+            f"{path}: transformers {transformers.__version__} cannot read this configuration ({_first_line(error)}): "
+            "fetch the checkpoint again, or update transformers"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def model_class(config: Any) -> Any:
@@ -132,8 +138,16 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    with torch.device("meta"), quiet():
-        return model_class(config)._from_config(config, dtype=dtype).eval()
+    try:
+        with torch.device("meta"), quiet():
+            return model_class(config)._from_config(config, dtype=dtype).eval()
+    except GreenroomError:
+        raise
+    except Exception as error:  # modelling code meets sizes that cannot be, or packages that are not there
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} cannot build a {config.model_type} model from this config.json "
+            f"({_first_line(error)}): fetch the checkpoint again, or install what it asks for"
+        ) from error
 
 
 def experts_modules(model: Any) -> list[ExpertsModule]:

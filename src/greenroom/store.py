@@ -63,7 +63,9 @@ class DiskStore:
                 return os.open(path, os.O_RDONLY | os.O_DIRECT)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # tmpfs and some network file systems know no direct I/O
-                    raise PackedModelError(f"cannot open {path} ({error.strerror}): pack the model again") from error
+                    raise PackedModelError(
+                        f"cannot open {path} ({error.strerror}): delete the packed folder and pack again"
+                    ) from error
                 self.direct = False
         return os.open(path, os.O_RDONLY)
 
@@ -81,7 +83,7 @@ class DiskStore:
         except OSError as error:
             raise PackedModelError(f"{path}: {error.strerror} at byte {offset}: check the disk") from error
         if done < len(into):
-            raise PackedModelError(f"{path} ended at byte {offset + done}: pack the model again")
+            raise PackedModelError(f"{path} ended at byte {offset + done}: delete the packed folder and pack again")
         if not self.direct:
             os.posix_fadvise(file, offset, len(into), os.POSIX_FADV_DONTNEED)
 

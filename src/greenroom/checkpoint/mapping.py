@@ -102,7 +102,7 @@ class Checkpoint:
             value = value.T if parameter.transposed else value
             if tuple(value.shape) != expected:
                 raise CheckpointError(
-                    f"{self.folder}: {target}[{index}] has shape {tuple(value.shape)}, not {expected}"
+                    f"{self.folder}: {target}[{index}] has shape {tuple(value.shape)}, not {expected}: fetch the checkpoint again"
                 )
             tensors[parameter.name] = value.reshape(parameter.rows, parameter.cols)
         return tensors
@@ -130,7 +130,9 @@ class Checkpoint:
         for name, shape in group.shapes.items():
             if name not in tensors or tuple(tensors[name].shape) != shape:
                 found = tuple(tensors[name].shape) if name in tensors else "nothing"
-                raise CheckpointError(f"{self.folder}: {name} has shape {found} where the model has {shape}")
+                raise CheckpointError(
+                    f"{self.folder}: {name} has shape {found} where the model has {shape}: fetch the checkpoint again"
+                )
         return {name: tensors[name] for name in group.shapes}
 
     def _map(self) -> "list[_Route]":
@@ -166,7 +168,9 @@ class Checkpoint:
         ]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise CheckpointError(f"{self.folder} holds no weight for {missing[0]}{more}: the checkpoint is incomplete")
+            raise CheckpointError(
+                f"{self.folder} holds no weight for {missing[0]}{more}: fetch the rest of the checkpoint"
+            )
         return tied
 
     def _check_experts(self) -> None:
@@ -183,7 +187,7 @@ class Checkpoint:
             missing = patterns[parameter.name] - found.keys() if route.converter is not None else set()
             if missing:
                 raise CheckpointError(
-                    f"{self.folder} holds no {min(missing)} for {target}: the checkpoint is incomplete"
+                    f"{self.folder} holds no {min(missing)} for {target}: fetch the rest of the checkpoint"
                 )
             for names in found.values():
                 self._select(route, names, target, module.num_experts, 0)
@@ -194,7 +198,9 @@ class Checkpoint:
         parts = [name.split(".") for name in names]
         varying = [column for column in zip(*parts, strict=False) if len(set(column)) > 1]
         if len(names) > 1 and varying[:1] != [tuple(str(number) for number in range(len(names)))]:
-            raise CheckpointError(f"{self.folder}: the experts of {target} are not numbered 0 to {len(names) - 1}")
+            raise CheckpointError(
+                f"{self.folder}: the experts of {target} are not numbered 0 to {len(names) - 1}: fetch it again"
+            )
 
     def _by_pattern(self, route: _Route) -> "dict[str, list[str]]":
         grouped: dict[str, list[str]] = {}
@@ -214,7 +220,9 @@ class Checkpoint:
             count = len(names) // groups if len(names) % groups == 0 else len(names)
             chosen = [names[index + share * count] for share in range(groups)] if count == num_experts else []
         if count != num_experts:
-            raise CheckpointError(f"{self.folder} holds {count} experts for {target} where the model has {num_experts}")
+            raise CheckpointError(
+                f"{self.folder} holds {count} experts for {target} where the model has {num_experts}: fetch it again"
+            )
         return chosen
 
     def _convert_one(self, route: _Route, target: str, num_experts: int, index: int) -> torch.Tensor:
@@ -250,5 +258,7 @@ def _run(converter: WeightConverter, target: str, model: Any, folder: Path) -> "
     try:
         result = converter.convert(target, model=model, config=model.config)
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot convert the tensors of {target} ({error})") from error
+        raise CheckpointError(
+            f"{folder}: transformers cannot convert the tensors of {target} ({error}): fetch the checkpoint again"
+        ) from error
     return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}

@@ -119,16 +119,18 @@ class Manifest:
             kind, version = body.pop("format"), body.pop("version")
             if kind != "greenroom" or version != VERSION:
                 raise PackedModelError(
-                    f"{path} has format {kind!r} version {version!r}, this greenroom reads {VERSION}: pack again"
+                    f"{path} has format {kind!r} version {version!r}, this greenroom reads {VERSION}: delete the packed folder and pack again"
                 )
             if not intact:
-                raise PackedModelError(f"{path} is corrupted (its checksum does not match): pack the model again")
+                raise PackedModelError(
+                    f"{path} is corrupted (its checksum does not match): delete the packed folder and pack again"
+                )
             return cls._parse(body)
         except PackedModelError:
             raise
         except Exception as error:  # any shape of damage: the file is outside our control
             raise PackedModelError(
-                f"{path} is damaged ({type(error).__name__}: {error}): pack the model again"
+                f"{path} is damaged ({type(error).__name__}: {error}): delete the packed folder and pack again"
             ) from error
 
     @classmethod

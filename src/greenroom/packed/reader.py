@@ -26,13 +26,15 @@ class PackedModel:
         for name, entry in self.manifest.files.items():
             path, size = folder / name, entry.nbytes
             if not path.is_file():
-                raise PackedModelError(f"{folder} lacks {name}: pack the model again")
+                raise PackedModelError(f"{folder} lacks {name}: delete the packed folder and pack again")
             if path.stat().st_size != size:
                 raise PackedModelError(
-                    f"{path} has {path.stat().st_size} bytes instead of {size}: pack the model again"
+                    f"{path} has {path.stat().st_size} bytes instead of {size}: delete the packed folder and pack again"
                 )
         if not self._is_as_packed("config.json"):  # a number in it changes what the weights compute
-            raise PackedModelError(f"{folder / 'config.json'} is missing or not what was packed: pack the model again")
+            raise PackedModelError(
+                f"{folder / 'config.json'} is missing or not what was packed: delete the packed folder and pack again"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -47,6 +49,18 @@ class PackedModel:
         """A plain tensor in its stored dtype."""
         raw = self._read(entry.file, entry.offset, entry.nbytes, entry.crc32, entry.name)
         return raw.view(getattr(torch, entry.dtype)).view(entry.shape)
+
+    def check_tensor(self, entry: TensorEntry, piece: int = 16 << 20) -> None:
+        """Compare a plain tensor's checksum without holding it, as `read_tensor` does for one that is held."""
+        crc32, path = 0, self.folder / entry.file
+        with path.open("rb", buffering=0) as handle:
+            for start in range(0, entry.nbytes, piece):
+                raw = bytearray(min(piece, entry.nbytes - start))
+                read_into(handle.fileno(), memoryview(raw), entry.offset + start)
+                crc32 = zlib.crc32(raw, crc32)
+            os.posix_fadvise(handle.fileno(), entry.offset, entry.nbytes, os.POSIX_FADV_DONTNEED)
+        if crc32 != entry.crc32:
+            raise _corrupted(path, entry.name)
 
     def records(self) -> "Iterator[tuple[str, int, int, int, str]]":
         """(file, offset, nbytes, crc32, what it is) of every checksummed piece, in file order."""
@@ -65,7 +79,9 @@ class PackedModel:
         damaged = []
         for name in self.manifest.sidecars:
             if not self._is_as_packed(name):
-                damaged.append(f"{self.folder / name} is missing or not what was packed: pack the model again")
+                damaged.append(
+                    f"{self.folder / name} is missing or not what was packed: delete the packed folder and pack again"
+                )
         for file, offset, nbytes, crc32, what in self.records():
             try:
                 self._read(file, offset, nbytes, crc32, what)
@@ -85,7 +101,9 @@ class PackedModel:
         with (self.folder / file).open("rb", buffering=0) as handle:
             done = read_into(handle.fileno(), view, offset)
             if done < nbytes:
-                raise PackedModelError(f"{self.folder / file} ended at byte {offset + done}: pack the model again")
+                raise PackedModelError(
+                    f"{self.folder / file} ended at byte {offset + done}: delete the packed folder and pack again"
+                )
             os.posix_fadvise(handle.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
         check_bytes(self.folder / file, view, crc32, what)
         return raw
@@ -94,4 +112,10 @@ class PackedModel:
 def check_bytes(path: Path, data: memoryview, crc32: int, what: str) -> None:
     """Raise PackedModelError unless `data` has the checksum `crc32`."""
     if zlib.crc32(data) != crc32:
-        raise PackedModelError(f"{path}: {what} is corrupted (its checksum does not match): pack the model again")
+        raise _corrupted(path, what)
+
+
+def _corrupted(path: Path, what: str) -> PackedModelError:
+    return PackedModelError(
+        f"{path}: {what} is corrupted (its checksum does not match): delete the packed folder and pack again"
+    )
