@@ -18,8 +18,6 @@ from greenroom.runner import ExpertRunner
 from greenroom.store import Arena, DiskStore, Store
 from greenroom.transfer import Transfer
 
-_SPARE = 0.9  # without a budget: the share of available memory that greenroom takes at most
-
 
 class Engine:
     """A packed model that runs: `engine.model` is the transformers model.
@@ -39,15 +37,12 @@ class Engine:
         policy = planner.check_policy(settings.policy, sorted(POLICIES))
         self.packed, self.settings = packed, settings
         runtime = process_memory()["anonymous"]
-        budget = settings.ram
-        if budget is None and settings.experts_per_layer is None:
-            budget = runtime + int(available_memory() * _SPARE)
         self.plan = planner.make_plan(
             packed.manifest,
             seam.load_config(packed.folder),
             settings,
             runtime=runtime,
-            budget=budget,
+            budget=planner.budget_of(settings, runtime, available_memory()),
             element_size=dtype.itemsize,
         )
         self.model: Any = build(packed, dtype, self._serve)

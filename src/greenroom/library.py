@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from greenroom.config import EngineSettings
     from greenroom.engine import Engine
+    from greenroom.packed import Manifest
 
 DEMO = "demo"
 DEMO_EXPERT_SHARE = 3
@@ -47,6 +48,11 @@ def is_demo(model: "str | Path") -> bool:
     return str(model) == DEMO and not Path(model).exists()
 
 
+def default_bits(model: "str | Path") -> "dict[str, int]":
+    """The bits a model is packed with unless told otherwise; the demo's weights come in groups of 32."""
+    return dict(_DEMO_BITS if is_demo(model) else _DEFAULT_BITS)
+
+
 def place(model: "str | Path", bits: "dict[str, int | None]") -> "tuple[Path, dict[str, int]]":
     """(where `model` lies packed or would be, the bits it has or would get); see `find`."""
     given = {name: value for name, value in bits.items() if value is not None}
@@ -54,7 +60,7 @@ def place(model: "str | Path", bits: "dict[str, int | None]") -> "tuple[Path, di
     if (folder / "greenroom.json").is_file():
         _check_bits(folder, given)
         return folder, given
-    settings = {**(_DEMO_BITS if is_demo(model) else _DEFAULT_BITS), **given}
+    settings = {**default_bits(model), **given}
     return environment.cache_folder() / "packed" / _cache_name(str(model), folder, settings, is_demo(model)), settings
 
 
@@ -157,7 +163,7 @@ def start(folder: Path, options: LoadOptions, demo: bool = False) -> "Engine":
     from greenroom.engine import Engine
     from greenroom.packed import PackedModel
 
-    settings = settings_of(options)
+    settings_of(options)  # refuse what cannot be before anything is loaded
     dtype = options.dtype if options.dtype is not None else torch.float32
     if isinstance(dtype, str):
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -166,20 +172,24 @@ def start(folder: Path, options: LoadOptions, demo: bool = False) -> "Engine":
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
     packed = PackedModel(folder)
-    if demo and settings.ram is None and settings.experts_per_layer is None:
-        experts_nbytes = sum(e.num_experts * e.record_nbytes for e in packed.manifest.experts)
-        settings = dataclasses.replace(settings, expert_budget=experts_nbytes // DEMO_EXPERT_SHARE)
-    return Engine(packed, settings, dtype)
+    return Engine(packed, settings_of(options, packed.manifest if demo else None), dtype)
 
 
-def settings_of(options: LoadOptions) -> "EngineSettings":
-    """The engine's settings. Raises ConfigError for what cannot be."""
+def settings_of(options: LoadOptions, demo: "Manifest | None" = None) -> "EngineSettings":
+    """The engine's settings; without a memory setting the `demo` gets a third of its experts.
+
+    Raises ConfigError for what cannot be.
+    """
     from greenroom.config import EngineSettings
     from greenroom.sizes import parse_bytes
 
     if options.vram is not None or options.device not in (None, "cpu"):
         raise ConfigError("this version runs on the CPU: leave --vram and device out and give --ram")
+    share = None
+    if demo is not None and options.ram is None and options.experts_per_layer is None:
+        share = sum(e.num_experts * e.record_nbytes for e in demo.experts) // DEMO_EXPERT_SHARE
     return EngineSettings(
+        expert_budget=share,
         ram=None if options.ram is None else parse_bytes(options.ram),
         experts_per_layer=options.experts_per_layer,
         policy=options.policy,
@@ -206,7 +216,8 @@ def tokenizer_of(folder: Path) -> Any:
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # tokenizers fail in many ways; the model still runs
             raise errors.PackedModelError(
-                f"the tokenizer in {folder} cannot be loaded ({str(error).splitlines()[0]}): delete the packed folder and pack again"
+                f"the tokenizer in {folder} cannot be loaded ({(str(error) or 'damaged').splitlines()[0]}): "
+                "delete the packed folder and pack again"
             ) from error
 
 

@@ -81,6 +81,7 @@ def build(packed: PackedModel, dtype: torch.dtype, serve: seam.ServeExperts) -> 
     """
     manifest = packed.manifest
     model = seam.skeleton(seam.load_config(packed.folder), dtype)
+    _check_complete(model, packed)
     experts = seam.experts_modules(model)
     layers = _layers_of(packed, experts)
     embeddings = {entry.name: entry for entry in manifest.tensors if entry.mappable}
@@ -139,6 +140,20 @@ def _layers_of(packed: PackedModel, experts: "list[seam.ExpertsModule]") -> "dic
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _check_complete(model: Any, packed: PackedModel) -> None:
+    """Every weight that transformers' model wants is packed, and nothing else: its names change between versions."""
+    manifest = packed.manifest
+    packed_names = {entry.name for entry in manifest.tensors} | manifest.tied.keys()
+    packed_names |= {f"{entry.module}.weight" for entry in manifest.linears}
+    packed_names |= {f"{entry.module}.{tensor.name}" for entry in manifest.experts for tensor in entry.tensors}
+    wrong = sorted(set(seam.required_weights(model)) - packed_names) + sorted(packed_names - model.state_dict().keys())
+    if wrong:
+        raise PackedModelError(
+            f"{packed.folder} and this transformers' {type(model).__name__} disagree on {wrong[0]}: delete the packed "
+            "folder and pack again"
+        )
 
 
 def _check_nothing_is_left(model: Any, packed: PackedModel) -> None:

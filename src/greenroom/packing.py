@@ -41,8 +41,10 @@ from greenroom.quant import Format, Layout, quantize_into
 from greenroom.sizes import format_bytes
 
 _DENSE_FILE_NBYTES = 1 << 30  # a kill loses at most one file
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
-                      torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL", torch.float64: "F64"}  # fmt: skip
+_SAFETENSORS_NAMES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.bool: "BOOL", torch.uint8: "U8",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+}  # fmt: skip
 _SIDECARS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -250,8 +252,7 @@ class _Packing:
                 format = self.settings.format(bits, _name(half))
                 outputs.append(_DenseOutput(name=module, source=name, shape=shape, dtype=half, format=format))
                 continue
-            # floating matrices are kept at 16 bits, vectors (norms, biases, corrections) as they are
-            dtype = half if group.dtype == torch.float32 and len(shape) > 1 else group.dtype
+            dtype = _plain_dtype(group.dtype, shape)
             outputs.append(_DenseOutput(name=name, source=name, shape=shape, dtype=dtype, format=None))
             if self._head is not None and self.checkpoint.tied.get(f"{self._head}.weight") == name:
                 format = self.settings.format(self.settings.head_bits, _name(half))
@@ -325,6 +326,12 @@ def _bytes_of(tensor: torch.Tensor, output: _DenseOutput, checkpoint: Checkpoint
         return byte_view(packed)
     plain = tensor.to(output.dtype).contiguous().view(-1)
     return byte_view(plain)
+
+
+def _plain_dtype(dtype: torch.dtype, shape: "tuple[int, ...]") -> torch.dtype:
+    """Float matrices are kept at 16 bits, float32 vectors (norms, biases, corrections) and integers as they are."""
+    vector = dtype == torch.float32 and len(shape) < 2
+    return dtype if vector or not dtype.is_floating_point else _half(dtype)
 
 
 def _half(dtype: torch.dtype) -> torch.dtype:

@@ -13,6 +13,7 @@ from greenroom.packed import Manifest
 from greenroom.sizes import format_bytes
 
 _KERNEL_NBYTES = 48 << 20  # dequantised tiles and their temporaries; see kernels.reference.TILE
+_SPARE = 0.9  # without a budget: the share of free memory that greenroom takes at most
 _PROMPT_CHUNK = 512  # the most tokens whose activations the working set reserves
 
 
@@ -89,6 +90,13 @@ def make_plan(
     shared = settings.policy.endswith("-shared")
     capacities = divide(_slots(plan, settings), experts)
     return dataclasses.replace(plan, capacities=(sum(capacities),) if shared else capacities)
+
+
+def budget_of(settings: EngineSettings, runtime: int, available: int) -> "int | None":
+    """Bytes the process may hold: what the user said, else most of what is free, or None where slots were asked for."""
+    if settings.ram is not None or settings.experts_per_layer is not None:
+        return settings.ram
+    return runtime + int(available * _SPARE)
 
 
 def _slots(plan: Plan, settings: EngineSettings) -> int:

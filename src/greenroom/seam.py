@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def load_config(folder: Path) -> Any:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error}): fetch the checkpoint again") from error
     if not isinstance(raw, dict) or not raw.get("model_type"):
-        raise CheckpointError(f"{path} names no model_type: fetch the checkpoint again")
+        raise UnsupportedModelError(f"{path} names no model_type: fetch the checkpoint again")
     if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
         raise UnsupportedModelError(f"{folder}: {raw.get('model_type')} runs custom code, which greenroom does not")
     try:
@@ -207,6 +208,12 @@ def output_head(model: Any) -> "str | None":
 def plain_embeddings(model: Any) -> "list[str]":
     """Paths of embeddings that only look rows up; those that also scale or sum are left to transformers."""
     return [name for name, module in model.named_modules() if type(module) is nn.Embedding]
+
+
+def required_weights(model: Any) -> "list[str]":
+    """Names that a checkpoint has to provide, or tie to another; transformers initialises the others."""
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    return [name for name in model.state_dict() if not any(pattern.search(name) for pattern in optional)]
 
 
 def packable_linears(model: Any, experts: list[ExpertsModule]) -> list[str]:

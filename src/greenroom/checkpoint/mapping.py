@@ -29,6 +29,9 @@ class _Route:
     converter: "WeightConverter | None" = None
     sources: "list[tuple[str, str]]" = dataclasses.field(default_factory=list)  # (source pattern, checkpoint name)
 
+    def patterns(self) -> "tuple[str, ...]":
+        return () if self.converter is None else tuple(self.converter.source_patterns)
+
     def targets(self) -> "list[str]":
         if self.converter is None:
             return [self.target]
@@ -102,7 +105,8 @@ class Checkpoint:
             value = value.T if parameter.transposed else value
             if tuple(value.shape) != expected:
                 raise CheckpointError(
-                    f"{self.folder}: {target}[{index}] has shape {tuple(value.shape)}, not {expected}: fetch the checkpoint again"
+                    f"{self.folder}: {target}[{index}] has shape {tuple(value.shape)}, not {expected}: "
+                    "fetch the checkpoint again"
                 )
             tensors[parameter.name] = value.reshape(parameter.rows, parameter.cols)
         return tensors
@@ -157,13 +161,11 @@ class Checkpoint:
         """Refuse a checkpoint that lacks weights; return the tied ones (name → name of the weight it shares)."""
         served = {target for route in routes for target in route.targets()}
         tied = {name: other for name, other in self.model.all_tied_weights_keys.items() if name not in served}
-        optional = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
         missing = [
             name
-            for name in self._state
+            for name in seam.required_weights(self.model)
             if name not in served
             and name not in tied
-            and not any(pattern.search(name) for pattern in optional)
             and not any("*" in target and re.fullmatch(target.replace("*", r"\d+"), name) for target in served)
         ]
         if missing:
@@ -175,16 +177,14 @@ class Checkpoint:
 
     def _check_experts(self) -> None:
         """Every expert of every module has its tensors, before hours of packing start."""
-        patterns: dict[str, set[str]] = {}
-        for target, (_, parameter) in self._parameters.items():
-            if target not in self.tied and self._expert_routes[target].converter is not None:
-                patterns.setdefault(parameter.name, set()).update(self._by_pattern(self._expert_routes[target]))
-        for target, (module, parameter) in self._parameters.items():
-            if target in self.tied:
-                continue
-            route = self._expert_routes[target]
+        patterns: dict[tuple[str, ...], set[str]] = {}  # a converter's sources → those that some layer has
+        routes = {target: self._expert_routes[target] for target in self._parameters if target not in self.tied}
+        for route in routes.values():
+            patterns.setdefault(route.patterns(), set()).update(self._by_pattern(route))
+        for target, route in routes.items():
+            module, _ = self._parameters[target]
             found = self._by_pattern(route)
-            missing = patterns[parameter.name] - found.keys() if route.converter is not None else set()
+            missing = patterns[route.patterns()] - found.keys() if route.converter is not None else None
             if missing:
                 raise CheckpointError(
                     f"{self.folder} holds no {min(missing)} for {target}: fetch the rest of the checkpoint"

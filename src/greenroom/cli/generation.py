@@ -69,7 +69,7 @@ def answer(
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         torch.manual_seed(options.seed)
     prompt_tokens = int(inputs["input_ids"].shape[1])
-    if prompt_tokens > PREFILL_CHUNK and "past_key_values" not in extra:
+    if prompt_tokens > PREFILL_CHUNK:
         extra["prefill_chunk_size"] = PREFILL_CHUNK
     before, start_s = engine.metrics(), time.perf_counter()
     out = engine.model.generate(

@@ -23,9 +23,9 @@ def execute(options: argparse.Namespace) -> int:
     from greenroom.packing import pack
 
     given = {name: value for name, value in shared.bits_of(options).items() if value is not None}
-    packed = pack(
-        library.demo_checkpoint() if library.is_demo(options.source) else options.source, options.target, **given
-    )
+    bits = {**library.default_bits(options.source), **given}
+    source = library.demo_checkpoint() if library.is_demo(options.source) else options.source
+    packed = pack(source, options.target, **bits)
     manifest = packed.manifest
     report: dict[str, Any] = {
         "target": str(packed.folder),

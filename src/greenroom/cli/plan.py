@@ -26,16 +26,18 @@ def add(commands: Any) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Print the plan; exit code 2 where the budget cannot hold the model."""
     from greenroom import library, planner, probe, seam
+    from greenroom.cache import POLICIES
     from greenroom.machine import available_memory
     from greenroom.metrics import process_memory
 
     manifest, config_folder, weights = _describe(options)
     config = seam.load_config(config_folder)
     runtime = process_memory()["anonymous"]
-    settings = library.settings_of(shared.load_options(options, context=2048))
-    planner.check_policy(settings.policy, ["lfu", "lru"])
+    demo = manifest if library.is_demo(options.model) else None
+    settings = library.settings_of(shared.load_options(options, context=2048), demo)
+    planner.check_policy(settings.policy, sorted(POLICIES))
     free = available_memory()
-    budget = settings.ram if settings.ram is not None else runtime + int(free * 0.9)
+    budget = planner.budget_of(settings, runtime, free)
     try:
         plan = planner.make_plan(manifest, config, settings, runtime=runtime, budget=budget, element_size=4)
     except BudgetError as error:
@@ -92,6 +94,7 @@ def _table(model: str, manifest: "Manifest", plan: "Plan", speed: "dict[str, flo
     settings = manifest.settings
     low, high = min(plan.capacities), max(plan.capacities)
     slots = f"{low}" if low == high else f"{low}–{high}"
+    allowed = "" if plan.budget is None else f"of {format_bytes(plan.budget)} allowed, "
     rows = [
         ("runtime", plan.runtime, "Python, torch, transformers"),
         ("dense weights", plan.dense, f"attention {settings['attention_bits']}-bit, head {settings['head_bits']}-bit"),
@@ -103,7 +106,7 @@ def _table(model: str, manifest: "Manifest", plan: "Plan", speed: "dict[str, flo
             plan.slots_nbytes,
             f"{plan.slots} of {experts} experts ({slots} per layer), {settings['expert_bits']}-bit",
         ),
-        ("total", plan.total, f"of {format_bytes(plan.budget or 0)} allowed, {format_bytes(free)} free now"),
+        ("total", plan.total, f"{allowed}{format_bytes(free)} free now"),
         ("left on disk", (experts - plan.slots) * plan.record_nbytes + plan.mapped, "experts and embeddings"),
     ]
     lines = [f"{model}: {manifest.architecture}, {len(plan.experts)} MoE layers, {experts} experts"]

@@ -117,9 +117,10 @@ class Manifest:
             crc32 = body.pop("crc32", None)
             intact = crc32 == _checksum(body)
             kind, version = body.pop("format"), body.pop("version")
+            remedy = "delete the packed folder and pack again"
             if kind != "greenroom" or version != VERSION:
                 raise PackedModelError(
-                    f"{path} has format {kind!r} version {version!r}, this greenroom reads {VERSION}: delete the packed folder and pack again"
+                    f"{path} has format {kind!r} version {version!r}, this greenroom reads {VERSION}: {remedy}"
                 )
             if not intact:
                 raise PackedModelError(
@@ -151,8 +152,14 @@ class Manifest:
         ]
         extents += [(entry.file, entry.offset, entry.nbytes) for entry in self.linears]
         extents += [(entry.file, entry.offset, entry.nbytes) for entry in self.tensors]
+        for name in (*self.files, *self.sidecars):
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no plain file name")
+        for linear in self.linears:
+            if linear.nbytes != Layout(linear.rows, linear.cols, linear.format).nbytes:
+                raise ValueError(f"the bytes of {linear.module} do not fit its shape")
         for file, offset, nbytes in extents:
-            if Path(file).name != file or offset < 0 or nbytes < 0 or offset + nbytes > self.files[file].nbytes:
+            if offset < 0 or nbytes < 0 or offset + nbytes > self.files[file].nbytes:
                 raise ValueError(f"bytes {offset}+{nbytes} lie outside {file!r}")
 
 
@@ -163,6 +170,10 @@ def _checksum(body: "dict[str, Any]") -> int:
 def _experts_entry(entry: "dict[str, Any]") -> ExpertsEntry:
     tensors = tuple(RecordTensor(**{**t, "format": Format.from_json(t["format"])}) for t in entry["tensors"])
     made = ExpertsEntry(**{**entry, "tensors": tensors, "crc32": tuple(entry["crc32"])})
-    if len(made.crc32) != made.num_experts or any(t.offset + t.nbytes > made.record_nbytes for t in tensors):
+    if made.offset % RECORD_ALIGNMENT or made.record_nbytes % RECORD_ALIGNMENT:
+        raise ValueError(f"the records of {made.module} are not aligned to {RECORD_ALIGNMENT} bytes")
+    if len(made.crc32) != made.num_experts or any(
+        t.offset < 0 or t.offset + t.nbytes > made.record_nbytes for t in tensors
+    ):
         raise ValueError(f"the records of {made.module} do not add up")
     return made

@@ -62,6 +62,7 @@ def write_file(path: Path, entries: "list[Entry]", data: "Iterable[memoryview]")
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
+        _sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)  # the remedy is often to make room; what is complete stays
         if isinstance(error, OSError):
@@ -122,6 +123,15 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new text, never a part."""
     temporary = path.with_name(path.name + ".partial")
@@ -131,6 +141,7 @@ def replace_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
