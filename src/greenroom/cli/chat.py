@@ -38,7 +38,7 @@ def execute(options: argparse.Namespace) -> int:
     tokenizer = library.tokenizer_of(folder)
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"{options.model} has no chat template: use greenroom run")
-    engine = library.start(folder, shared.load_options(options, context=4096), library.is_demo(options.model))
+    engine = library.start(options.model, folder, shared.settings_of(options, context=4096))
     print(_HELP, file=sys.stderr)
     try:
         last = _Conversation(engine, tokenizer, options).talk()

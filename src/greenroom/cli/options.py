@@ -2,9 +2,12 @@
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from greenroom.library import LoadOptions
+from greenroom.library import engine_settings
+
+if TYPE_CHECKING:
+    from greenroom.config import EngineSettings
 
 MODEL_HELP = "a packed folder, a Hugging Face folder, a hub id, or demo"
 
@@ -57,9 +60,9 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     group.add_argument("--system", metavar="TEXT", help="system message, where the chat template has one")
 
 
-def load_options(options: argparse.Namespace, context: int) -> LoadOptions:
+def settings_of(options: argparse.Namespace, context: int) -> "EngineSettings":
     """The memory flags for the engine, with room for `context` tokens unless --context says otherwise."""
-    return LoadOptions(
+    return engine_settings(
         ram=options.ram,
         vram=options.vram,
         experts_per_layer=options.experts_per_layer,

@@ -33,8 +33,9 @@ def execute(options: argparse.Namespace) -> int:
     manifest, config_folder, weights = _describe(options)
     config = seam.load_config(config_folder)
     runtime = process_memory()["anonymous"]
-    demo = manifest if library.is_demo(options.model) else None
-    settings = library.settings_of(shared.load_options(options, context=2048), demo)
+    settings = shared.settings_of(options, context=2048)
+    if library.is_demo(options.model):
+        settings = library.with_demo_share(settings, manifest)
     planner.check_policy(settings.policy, sorted(POLICIES))
     free = available_memory()
     budget = planner.budget_of(settings, runtime, free)

@@ -37,7 +37,7 @@ def execute(options: argparse.Namespace) -> int:
     system = [{"role": "system", "content": options.system}] if options.system else []
     inputs = generation.encode(tokenizer, [*system, {"role": "user", "content": prompt}])
     context = inputs["input_ids"].shape[1] + options.max_new_tokens
-    engine = library.start(folder, shared.load_options(options, context), library.is_demo(options.model))
+    engine = library.start(options.model, folder, shared.settings_of(options, context))
     try:
         report = generation.answer(engine, tokenizer, inputs, options).report()
     finally:
