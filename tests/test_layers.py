@@ -12,7 +12,7 @@ import greenroom
 ROOMS = [
     "errors", "sizes", "progress", "environment", "machine", "buffers", "quant", "config", "seam", "checkpoint",
     "packed", "packing", "cache", "store", "transfer", "prefetch", "metrics", "kernels", "runner", "model", "planner",
-    "probe", "demo", "engine", "library", "cli",
+    "probe", "wheels", "demo", "engine", "library", "cli",
 ]  # fmt: skip
 """Lowest first: a room may import itself and what stands before it."""
 
