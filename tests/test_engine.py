@@ -551,3 +551,31 @@ def test_a_copy_elsewhere_runs_alike(
 ) -> None:
     shutil.copytree(packed4.folder, tmp_path / "copy")
     assert same(logits_of(engines(PackedModel(tmp_path / "copy")).model), expected)
+
+
+def test_an_interrupt_between_two_steps_loses_no_buffer(
+    packed4: PackedModel, engines: "Engines", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after the cache has issued loads and before they are started, and before arrivals are counted."""
+    engine = engines(packed4, experts_per_layer=0, staging=2)
+    ids = torch.arange(1, 7).view(1, -1)
+    want = engine.model(ids).logits
+    for victim, name in ((engine.runner._transfer, "start"), (engine.runner._cache, "loaded")):
+        for _ in range(5):  # more often than there are buffers to lose
+            with monkeypatch.context() as patch:
+                patch.setattr(victim, name, interrupted_once(getattr(victim, name)))
+                with pytest.raises(KeyboardInterrupt):
+                    engine.model(ids)
+            assert torch.equal(engine.model(ids).logits, want)
+
+
+def interrupted_once(function: Any) -> Any:
+    calls = []
+
+    def call(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return call

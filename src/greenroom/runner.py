@@ -64,8 +64,7 @@ class ExpertRunner:
             out = self._in_turn(layer, call, activation) if prompt else self._as_they_come(layer, call, activation)
             self._cache.finish()
         except BaseException:
-            self._cache.abort()
-            self._transfer.abandon()
+            self._give_up()
             raise
         self._count()
         return out
@@ -94,7 +93,7 @@ class ExpertRunner:
         early: dict[int, torch.Tensor] = {}
         for number, expert in enumerate(call.experts):
             while expert not in early and self._cache.ready(layer, expert) is None:
-                if self._transfer.busy:
+                if self._transfer.under_way:
                     self._collect(wait=True)
                     continue
                 # guesses that came true hold every buffer: they are computed first, and added in their turn
@@ -122,6 +121,13 @@ class ExpertRunner:
             self._cache.release(layer, expert)
         self._start_loads()
         return dict(zip(experts, outputs, strict=True))
+
+    def _give_up(self) -> None:
+        """After an error or an interrupt, at any point: leave cache and transfer agreed on what is being read."""
+        self._transfer.abandon()
+        self._cache.abort()
+        for buffer in self._cache.reading - self._transfer.under_way:
+            self._cache.loaded(buffer)  # issued but never started, or reported but never counted
 
     def _start_loads(self) -> None:
         for load in self._cache.issue():

@@ -41,7 +41,7 @@ class Transfer:
         self._order = itertools.count()
         self._finished: deque[int] = deque()
         self._errors: list[BaseException] = []
-        self._unreported = 0  # buffers started and not yet given out by poll
+        self._unreported: set[int] = set()  # buffers started and not yet given out by poll
         self._access = 0
         self._closing = False
         self.bytes_read = 0
@@ -60,7 +60,7 @@ class Transfer:
         with self._state:
             self._check_open()
             record = _Record(load, nbytes, len(pieces), self._access)
-            self._unreported += 1
+            self._unreported.add(load.buffer)
             for start, length in pieces:
                 heapq.heappush(self._queue, (load.speculative, next(self._order), record, start, length))
             self._state.notify_all()
@@ -78,16 +78,16 @@ class Transfer:
                 raise self._errors.pop(0)
             done = list(self._finished)
             self._finished.clear()
-            self._unreported -= len(done)
+            self._unreported.difference_update(done)
         if self._shuffle is not None:
             self._shuffle(done)
         return done
 
     @property
-    def busy(self) -> bool:
-        """Whether `poll` still has a buffer to report."""
+    def under_way(self) -> "set[int]":
+        """Buffers that `poll` still has to report."""
         with self._state:
-            return self._unreported > 0
+            return set(self._unreported)
 
     def abandon(self) -> None:
         """Forget errors, also those of reads under way: the access that wanted them has been given up."""

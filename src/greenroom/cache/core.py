@@ -181,6 +181,11 @@ class ExpertCache:
         held = self._held.get((layer, expert))
         return held.buffer if held is not None and held.ready else None
 
+    @property
+    def reading(self) -> "set[int]":
+        """Buffers that are being read into."""
+        return set(self._reading)
+
     def release(self, layer: int, expert: int) -> None:
         """The expert of the active request is computed; without a slot its buffer becomes free."""
         key = (layer, expert)
