@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from greenroom import kernels
+from families import FAMILIES
+from greenroom import kernels, seam
 from greenroom.kernels import Activation, ExpertTask, dispatch, native, reference
 from greenroom.packed import RecordTensor
 from greenroom.quant import Format, Layout, quantize
@@ -329,3 +330,16 @@ def test_without_the_extension_the_reference_serves() -> None:
 
 def test_bfloat16_is_the_references() -> None:
     assert kernels.describe(torch.bfloat16).startswith("reference (torch): ")
+
+
+@pytest.mark.parametrize(
+    "family,kind",
+    [("mixtral", "silu_and_mul"), ("qwen3_moe", "silu_and_mul"), ("gpt_oss", ""), ("nemotron_h", ""), ("gemma4", "")],
+)
+def test_the_activations_that_are_compiled(family: str, kind: str) -> None:
+    model = FAMILIES[family].build()
+    module = model.get_submodule(seam.experts_modules(model)[0].name)
+    assert seam.activation_kind(module) == kind
+    if kind:
+        module.act_fn.register_forward_hook(lambda *_: None)
+        assert seam.activation_kind(module) == ""
