@@ -174,7 +174,7 @@ def experts_modules(model: Any) -> list[ExpertsModule]:
 def activation_kind(module: Any) -> str:
     """What an experts module computes between its two products, where that is a plain case: "silu_and_mul" for
     silu(first half) · second half, "silu" where there is no gate; "" for anything else."""
-    act = getattr(module, "act_fn", None)
+    act: Any = getattr(module, "act_fn", None)
     if type(act) not in (nn.SiLU, SiLUActivation) or act._forward_hooks or act._forward_pre_hooks:
         return ""
     if not module.has_gate:
