@@ -36,6 +36,8 @@ class Engine:
     ) -> None:
         policy = planner.check_policy(settings.policy, sorted(POLICIES))
         self.packed, self.settings = packed, settings
+        self.kernel = kernels.describe(dtype)
+        """which kernel computes, for people"""
         runtime = process_memory()["anonymous"]
         self.plan = planner.make_plan(
             packed.manifest,

@@ -2,6 +2,8 @@
 
 GREENROOM_CACHE   folder for packed models and the demo      (default: the platform's cache directory)
 XDG_CACHE_HOME    where that is on Linux                     (default: ~/.cache)
+GREENROOM_ISA     avx512, avx2 or portable: the instruction set of the compiled kernels; none: compute with torch
+                  (default: the best this machine has)
 """
 
 import os
@@ -16,3 +18,8 @@ def cache_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "greenroom"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "greenroom"
+
+
+def isa() -> str:
+    """The instruction set to compute with, in lower case; empty for the best."""
+    return os.environ.get("GREENROOM_ISA", "").strip().lower()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from greenroom import seam
 from greenroom.cache import ExpertCache
 from greenroom.kernels import Activation, ExpertsKernel, ExpertTask
 from greenroom.metrics import Metrics, Stopwatch
@@ -195,4 +196,4 @@ class _Call:
 def _activation(module: Any) -> Activation:
     gate = module._apply_gate if module.has_gate else module.act_fn
     after = module.post_expert_norm if module.has_post_expert_norm else None
-    return Activation(gate=gate, after=after)
+    return Activation(gate=gate, after=after, kind=seam.activation_kind(module))

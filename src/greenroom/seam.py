@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.activations import SiLUActivation
+from transformers.integrations import moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import AutoHfQuantizer
 
@@ -167,6 +169,19 @@ def experts_modules(model: Any) -> list[ExpertsModule]:
             f"transformers {transformers.__version__} does not route through it; there is nothing to offload"
         )
     return found
+
+
+def activation_kind(module: Any) -> str:
+    """What an experts module computes between its two products, where that is a plain case: "silu_and_mul" for
+    silu(first half) · second half, "silu" where there is no gate; "" for anything else."""
+    act: Any = getattr(module, "act_fn", None)
+    if type(act) not in (nn.SiLU, SiLUActivation) or act._forward_hooks or act._forward_pre_hooks:
+        return ""
+    if not module.has_gate:
+        return "silu"
+    default = getattr(moe, "_default_apply_gate", None)
+    is_default = default is not None and getattr(type(module), "_apply_gate", None) is default
+    return "silu_and_mul" if is_default and "_apply_gate" not in vars(module) else ""
 
 
 def _describe(name: str, module: nn.Module) -> ExpertsModule:

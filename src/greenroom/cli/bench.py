@@ -39,6 +39,7 @@ def execute(options: argparse.Namespace) -> int:
         manifest = engine.packed.manifest
         floor = {"ram": ram_bandwidth(), "disk": probe.disk_bandwidth(folder / manifest.experts[0].file)}
         print(f"floor: RAM {floor['ram'] / 1e9:.1f} GB/s, disk {floor['disk'] / 1e9:.2f} GB/s", flush=True)
+        print(f"kernel: {engine.kernel}", flush=True)
         vocabulary = engine.model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(vocabulary, (1, options.prompt_tokens), generator=generator)
@@ -103,6 +104,7 @@ def _report(engine: Any, trials: "list[dict[str, float]]", floor: "dict[str, flo
         "touched_bytes_per_token": touched,
         "floor_tokens_per_s": 1 / floor_s,
         "ratio_to_floor": medians["tokens_per_s"] * floor_s,
+        "kernel": engine.kernel,
         "slots": engine.plan.slots,
         "experts": sum(engine.plan.experts),
     }

@@ -26,6 +26,7 @@ class Answer:
     token_ids: "list[int]"
     ttft_s: float
     decode_s: float
+    kernel: str
     prompt: Metrics
     decode: Metrics
 
@@ -53,6 +54,7 @@ class Answer:
             "expert_compute_s": self.decode.compute_s,
             "decode_s": self.decode_s,
             "peak_memory_bytes": memory["peak"],
+            "kernel": self.kernel,
         }
 
 
@@ -85,6 +87,7 @@ def answer(
         token_ids=ids,
         ttft_s=first_s - start_s,
         decode_s=end_s - first_s,
+        kernel=engine.kernel,
         prompt=middle - before,
         decode=after - middle,
     )
@@ -129,6 +132,7 @@ def show_stats(report: "dict[str, Any]") -> None:
         f"of {report['decode_s']:.2f} s decoding: {report['stall_s']:.2f} s stalled on reads, "
         f"{report['expert_compute_s']:.2f} s in experts",
         f"peak memory {format_bytes(report['peak_memory_bytes'])}",
+        f"kernel: {report['kernel']}",
     ]
     print("\n".join(lines), file=sys.stderr)
 

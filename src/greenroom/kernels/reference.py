@@ -23,11 +23,13 @@ class Activation:
     """What happens between and after the two products of an expert.
 
     `gate` maps the first product [n, 2·I] (or [n, I] where experts have no gate) to [n, I]; `after` is applied to the
-    second product [n, H], or None.
+    second product [n, H], or None. `kind` names what `gate` computes, for kernels that can do it themselves:
+    "silu_and_mul" is silu(first half) · second half, "silu" is silu; empty is anything.
     """
 
     gate: "Callable[[torch.Tensor], torch.Tensor]"
     after: "Callable[[torch.Tensor], torch.Tensor] | None" = None
+    kind: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

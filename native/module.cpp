@@ -1,0 +1,91 @@
+// The Python module greenroom.kernels._native. Tensors come as addresses, so that nothing here is linked to PyTorch;
+// greenroom.kernels.native has checked their types and places. Sizes and row numbers are checked here.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "compute.h"
+
+namespace nb = nanobind;
+using namespace greenroom;
+
+namespace {
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void check(bool holds, const char* otherwise) {
+    if (!holds) throw std::invalid_argument(otherwise);
+}
+
+Shape shape_of(std::int64_t rows, std::int64_t cols, int bits, int group_size, bool is_float16) {
+    check(rows > 0 && cols > 0, "a matrix has at least one row and one column");
+    const bool grouped = group_size == 16 || group_size == 32 || group_size == 64 || group_size == 128;
+    check(bits == 16 ? group_size == 0 : (bits == 2 || bits == 3 || bits == 4 || bits == 8) && grouped,
+          "not a format");
+    return {rows, cols, bits, group_size, is_float16};
+}
+
+void linear_at(std::uintptr_t x, int count, std::uintptr_t packed, std::int64_t packed_nbytes, const Shape& shape,
+               std::uintptr_t bias, std::uintptr_t out, int threads) {
+    check(count >= 0 && count <= kMaxVectors, "too many vectors");
+    check(packed_nbytes == shape.nbytes(), "the packed matrix has another size");
+    nb::gil_scoped_release release;
+    linear(pointer<const float>(x), count, pointer<const std::uint8_t>(packed), shape, pointer<const float>(bias),
+           pointer<float>(out), threads);
+}
+
+// Tasks are lists side by side: each expert's record, its rows (int64) and how many; outputs lie one after another.
+void experts_at(std::uintptr_t x, std::int64_t x_rows, const std::vector<std::uintptr_t>& records,
+                std::int64_t record_nbytes, const std::vector<std::uintptr_t>& rows, const std::vector<int>& counts,
+                const ExpertLayout& layout, std::uintptr_t out, int threads) {
+    check(records.size() == rows.size() && records.size() == counts.size(), "lists of different lengths");
+    check(layout.first_offset + layout.first.nbytes() <= record_nbytes &&
+              layout.second_offset + layout.second.nbytes() <= record_nbytes,
+          "the matrices reach beyond the record");
+    std::vector<Task> tasks(records.size());
+    float* to = pointer<float>(out);
+    for (std::size_t t = 0; t < tasks.size(); ++t) {
+        check(counts[t] >= 0 && counts[t] <= kMaxVectors, "too many vectors");
+        tasks[t] = {pointer<const std::uint8_t>(records[t]), pointer<const std::int64_t>(rows[t]), counts[t], to};
+        for (int v = 0; v < counts[t]; ++v)
+            check(tasks[t].rows[v] >= 0 && tasks[t].rows[v] < x_rows, "a row that x does not have");
+        to += counts[t] * layout.second.rows;
+    }
+    nb::gil_scoped_release release;
+    experts(pointer<const float>(x), tasks, layout, threads);
+}
+
+ExpertLayout layout_of(const Shape& first, std::int64_t first_offset, const Shape& second, std::int64_t second_offset,
+                       bool gated) {
+    check(first.rows == (gated ? 2 : 1) * second.cols, "the two matrices do not follow each other");
+    check(first_offset >= 0 && second_offset >= 0, "offsets are not negative");
+    return {first, second, first_offset, second_offset, gated};
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+    nb::class_<Shape>(module, "Shape").def_ro("rows", &Shape::rows).def_ro("cols", &Shape::cols).def_prop_ro("nbytes", &Shape::nbytes);
+    nb::class_<ExpertLayout>(module, "ExpertLayout");
+    module.def("shape", &shape_of);
+    module.def("layout", &layout_of);
+    module.def("linear", &linear_at);
+    module.def("experts", &experts_at);
+    module.def("max_vectors", [] { return kMaxVectors; });
+    module.def("available", [] {
+        std::vector<std::string> names;
+        for (const Isa* isa : available()) names.emplace_back(isa->name);
+        return names;
+    });
+    module.def("active", [] { return std::string(active().name); });
+    module.def("title", [] { return std::string(active().title); });
+    module.def("choose", [](const std::string& name) { return choose(name.c_str()); });
+}

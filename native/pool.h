@@ -1,0 +1,15 @@
+// Threads that wait for loops to share. One pool per process, made on first use; never destroyed, so that an exit or
+// a fork while it works cannot hang: a forked child makes its own.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace greenroom {
+
+// Calls body(item) for every item below count, on up to `threads` threads, this one among them; returns when all are
+// done. Items are taken in order but finish in any. A caller that finds the pool at work for another computes alone.
+// body must not throw.
+void parallel_for(std::int64_t count, int threads, const std::function<void(std::int64_t)>& body);
+
+}  // namespace greenroom

@@ -1,0 +1,73 @@
+// Any machine: four lanes that the compiler maps to what it has.
+#include "rows.h"
+
+namespace greenroom {
+namespace {
+
+struct Portable {
+    using F = float __attribute__((vector_size(16)));
+    static constexpr int kWidth = 4;
+
+    static F zero() { return F{0, 0, 0, 0}; }
+    static F set1(float value) { return F{value, value, value, value}; }
+    static F load(const float* p) {
+        F value;
+        std::memcpy(&value, p, sizeof value);
+        return value;
+    }
+    static void store(float* p, F value) { std::memcpy(p, &value, sizeof value); }
+    static F add(F a, F b) { return a + b; }
+    static F sub(F a, F b) { return a - b; }
+    static F mul(F a, F b) { return a * b; }
+    static F fma(F a, F b, F c) { return a * b + c; }
+    static float reduce(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+
+    static F from_bytes(const std::uint8_t* p) {
+        return F{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+                 static_cast<float>(p[3])};
+    }
+
+    static float float16_at(const std::uint8_t* p) {
+        std::uint16_t half;
+        std::memcpy(&half, p, 2);
+        // exponent and mantissa moved up are 2^-112 of the value, subnormals included; 2^16 and above: inf and nan
+        const std::uint32_t shifted = static_cast<std::uint32_t>(half & 0x7fffu) << 13;
+        float value;
+        std::memcpy(&value, &shifted, 4);
+        value *= 0x1p112f;
+        std::uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        if (value >= 65536.0f) bits |= 0xffu << 23;
+        bits |= static_cast<std::uint32_t>(half & 0x8000u) << 16;
+        std::memcpy(&value, &bits, 4);
+        return value;
+    }
+
+    template <bool FLOAT16>
+    static F from_halves(const std::uint8_t* p) {
+        if constexpr (FLOAT16) return F{float16_at(p), float16_at(p + 2), float16_at(p + 4), float16_at(p + 6)};
+        return F{bfloat16_at(p), bfloat16_at(p + 2), bfloat16_at(p + 4), bfloat16_at(p + 6)};
+    }
+
+    template <int BITS, int SUB>
+    static void unpack(const std::uint8_t* p, const float* scale, const float* offset, F* weights) {
+        constexpr int low = BITS == 3 ? 2 : BITS;    // bits that lie as shifted lanes
+        constexpr int lane = 8 * low;                // codes in a lane
+        float codes[kBlock];
+        for (int shift = 0; shift < 8 / low; ++shift)
+            for (int j = 0; j < lane; ++j)
+                codes[shift * lane + j] = static_cast<float>((p[j] >> (shift * low)) & ((1 << low) - 1));
+        if constexpr (BITS == 3)
+            for (int i = 0; i < kBlock; ++i) codes[i] += static_cast<float>((p[16 + i / 8] >> (i % 8) & 1) << 2);
+        for (int i = 0; i < kBlock / kWidth; ++i)
+            weights[i] = fma(load(codes + i * kWidth), set1(scale[i * kWidth / SUB]), set1(offset[i * kWidth / SUB]));
+    }
+};
+
+bool supported() { return true; }
+
+}  // namespace
+
+const Isa kPortable = {"portable", "portable C++", supported, rows<Portable>};
+
+}  // namespace greenroom

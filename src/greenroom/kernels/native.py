@@ -1,0 +1,153 @@
+"""The compiled kernels: float32 on a CPU, up to 32 tokens an expert, straight from the packed bits.
+
+They decline what they cannot do, and `dispatch` asks the reference instead. Whether they take a task depends on its
+own shapes, types and number of tokens alone, and a token's result does not depend on the other tokens, the other
+experts or the number of threads, so bits stay the same whatever the memory. The C++ is in `native/`.
+"""
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+from greenroom import environment
+from greenroom.errors import ConfigError
+from greenroom.kernels.reference import Activation, ExpertTask
+from greenroom.packed import RecordTensor
+from greenroom.quant import Format, dequantize
+
+GATES = {"silu_and_mul": True, "silu": False}
+"""Activation kinds that are compiled too, and whether they are gated."""
+
+_unusable = ""
+try:
+    import greenroom.kernels._native as _native
+except ModuleNotFoundError:
+    _native = None  # type: ignore[assignment]
+    _unusable = "the extension is not built"
+except ImportError as error:
+    _native = None  # type: ignore[assignment]
+    _unusable = f"the extension does not load ({error})"
+
+MAX_TOKENS = _native.max_vectors() if _native else 0
+
+
+@functools.cache
+def extension() -> "ModuleType | None":
+    """The extension, set to the instruction set that GREENROOM_ISA asks for; None if there is none, or for "none".
+
+    Raises ConfigError for an instruction set that this machine lacks.
+    """
+    wanted = environment.isa()
+    if wanted == "none" or _native is None:
+        return None
+    if wanted and not _native.choose(wanted):
+        choices = ", ".join([*_native.available(), "none"])
+        raise ConfigError(f"GREENROOM_ISA={wanted}: this machine runs {choices}; unset it to take the best")
+    return _native
+
+
+def unusable() -> str:
+    """Why the extension does not serve, or nothing."""
+    return "" if extension() else _unusable or "GREENROOM_ISA=none"
+
+
+def describe() -> str:
+    """For people: "native (AVX-512, 2 threads)"."""
+    threads = torch.get_num_threads()
+    return f"native ({_native.title()}, {threads} thread{'s' if threads > 1 else ''})"
+
+
+def linear(
+    x: torch.Tensor, packed: torch.Tensor, rows: int, cols: int, format: Format, bias: "torch.Tensor | None" = None
+) -> "torch.Tensor | None":
+    """As the reference's `linear`, or None where this is no matter for these kernels."""
+    if extension() is None or len(x) > MAX_TOKENS or not _is_plain(x) or not _is_bytes(packed):
+        return None
+    if bias is not None and (bias.requires_grad or not _is_plain(bias) or not bias.is_contiguous()):
+        return None
+    x = x.contiguous()
+    out = torch.empty((len(x), rows), dtype=torch.float32)
+    _native.linear(
+        x.data_ptr(),
+        len(x),
+        packed.data_ptr(),
+        packed.numel(),
+        _shape(rows, cols, format),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def takes(x: torch.Tensor, task: ExpertTask) -> bool:
+    """Whether `experts` computes this task."""
+    return (
+        extension() is not None
+        and len(task.rows) <= MAX_TOKENS
+        and _is_plain(x)
+        and _is_bytes(task.record)
+        and task.rows.is_contiguous()
+    )
+
+
+def experts(
+    x: torch.Tensor, tasks: "Sequence[ExpertTask]", layout: "Sequence[RecordTensor]", activation: Activation
+) -> "list[torch.Tensor]":
+    """As the reference's `experts`, for tasks that `takes` takes."""
+    if activation.kind not in GATES or len(layout) != 2:
+        return [_expert(x[task.rows], task.record, layout, activation) for task in tasks]
+    x = x.contiguous()
+    counts = [len(task.rows) for task in tasks]
+    out = torch.empty((sum(counts), layout[1].rows), dtype=torch.float32)
+    _native.experts(
+        x.data_ptr(),
+        len(x),
+        [task.record.data_ptr() for task in tasks],
+        min(task.record.numel() for task in tasks),
+        [task.rows.data_ptr() for task in tasks],
+        counts,
+        _layout(layout[0], layout[1], GATES[activation.kind]),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    found = torch.split(out, counts)
+    return list(found) if activation.after is None else [activation.after(one) for one in found]
+
+
+def _expert(
+    x: torch.Tensor, record: torch.Tensor, layout: "Sequence[RecordTensor]", activation: Activation
+) -> torch.Tensor:
+    """One expert, its activation computed by the family's own code."""
+    first, second, *biases = layout
+    inner, outer = [dequantize(_part(record, t), t.rows, t.cols, t.format)[0] for t in biases] or (None, None)
+    hidden = linear(x, _part(record, first), first.rows, first.cols, first.format, inner)
+    assert hidden is not None
+    out = linear(activation.gate(hidden), _part(record, second), second.rows, second.cols, second.format, outer)
+    assert out is not None
+    return out if activation.after is None else activation.after(out)
+
+
+def _part(record: torch.Tensor, tensor: RecordTensor) -> torch.Tensor:
+    return record[tensor.offset : tensor.offset + tensor.nbytes]
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def _is_bytes(packed: torch.Tensor) -> bool:
+    return packed.device.type == "cpu" and packed.dtype == torch.uint8 and packed.is_contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _shape(rows: int, cols: int, format: Format) -> "_native.Shape":
+    return _native.shape(rows, cols, format.bits, format.group_size, format.dtype == "float16")
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(first: RecordTensor, second: RecordTensor, gated: bool) -> "_native.ExpertLayout":
+    shapes = [_shape(tensor.rows, tensor.cols, tensor.format) for tensor in (first, second)]
+    return _native.layout(shapes[0], first.offset, shapes[1], second.offset, gated)
