@@ -15,7 +15,7 @@ namespace greenroom {
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr auto kSpin = std::chrono::microseconds(60);  // covers the gap between two layers' products, not a stall
+constexpr auto kSpin = std::chrono::microseconds(10);  // covers the gap between an expert's two products; longer starves others
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -57,7 +57,9 @@ public:
             std::lock_guard lock(mutex_);
             loop_ = nullptr;  // who has not joined by now has nothing left to do
         }
-        while (loop.working.load(std::memory_order_acquire) > 0) relax();
+        // a helper at its last item; where there are more threads than cores, it may be waiting for this very core
+        for (int spins = 0; loop.working.load(std::memory_order_acquire) > 0; ++spins)
+            spins < 256 ? relax() : std::this_thread::yield();
     }
 
 private:

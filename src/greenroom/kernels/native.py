@@ -63,15 +63,15 @@ def linear(
     x: torch.Tensor, packed: torch.Tensor, rows: int, cols: int, format: Format, bias: "torch.Tensor | None" = None
 ) -> "torch.Tensor | None":
     """As the reference's `linear`, or None where this is no matter for these kernels."""
-    if extension() is None or len(x) > MAX_TOKENS or not _is_plain(x) or not _is_bytes(packed):
+    if extension() is None or x.shape[0] > MAX_TOKENS or not _is_plain(x) or not _is_bytes(packed):
         return None
     if bias is not None and (bias.requires_grad or not _is_plain(bias) or not bias.is_contiguous()):
         return None
     x = x.contiguous()
-    out = torch.empty((len(x), rows), dtype=torch.float32)
+    out = torch.empty((x.shape[0], rows), dtype=torch.float32)
     _native.linear(
         x.data_ptr(),
-        len(x),
+        x.shape[0],
         packed.data_ptr(),
         packed.numel(),
         _shape(rows, cols, format),
@@ -86,7 +86,7 @@ def takes(x: torch.Tensor, task: ExpertTask) -> bool:
     """Whether `experts` computes this task."""
     return (
         extension() is not None
-        and len(task.rows) <= MAX_TOKENS
+        and task.rows.shape[0] <= MAX_TOKENS
         and _is_plain(x)
         and _is_bytes(task.record)
         and task.rows.is_contiguous()
@@ -100,11 +100,11 @@ def experts(
     if activation.kind not in GATES or len(layout) != 2:
         return [_expert(x[task.rows], task.record, layout, activation) for task in tasks]
     x = x.contiguous()
-    counts = [len(task.rows) for task in tasks]
+    counts = [task.rows.shape[0] for task in tasks]
     out = torch.empty((sum(counts), layout[1].rows), dtype=torch.float32)
     _native.experts(
         x.data_ptr(),
-        len(x),
+        x.shape[0],
         [task.record.data_ptr() for task in tasks],
         min(task.record.numel() for task in tasks),
         [task.rows.data_ptr() for task in tasks],
