@@ -22,6 +22,11 @@ _ANY_ORDER = 64
 """Up to this many (token, expert) pairs, outputs are kept until all are there, and computed in order of arrival."""
 
 
+_FEW_ROWS = 8
+"""Up to this many rows are added one by one: index_add_ starts torch's threads even for one row, and where a core is
+busy it waits milliseconds for them."""
+
+
 class ExpertRunner:
     """Computes the experts of MoE layers from a cache of fewer slots than there are experts."""
 
@@ -187,7 +192,12 @@ class _Call:
     def add(self, out: torch.Tensor, expert: int, output: torch.Tensor) -> None:
         """Add the expert's weighted output [n, H] to out [T, H] (float32)."""
         start, end = self._spans[expert]
-        out.index_add_(0, self._rows[start:end], (output * self._weights[start:end]).to(torch.float32))
+        weighted = (output * self._weights[start:end]).to(torch.float32)
+        if end - start > _FEW_ROWS:
+            out.index_add_(0, self._rows[start:end], weighted)
+            return
+        for row, one in zip(self._rows[start:end].tolist(), weighted, strict=True):
+            out[row] += one
 
     def _last_weight(self, expert: int) -> float:
         return float(self._weights[self._spans[expert][1] - 1])
