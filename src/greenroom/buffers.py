@@ -1,6 +1,8 @@
-"""Bytes in memory and the one loop that fills them from a file."""
+"""Bytes in memory, and the one way to open and read files that fill them."""
 
+import errno
 import os
+from pathlib import Path
 
 import torch
 
@@ -8,6 +10,16 @@ import torch
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, sharing memory."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs lag
+
+
+def open_direct(path: Path) -> "tuple[int, bool]":
+    """(a file descriptor, whether its reads bypass the page cache): tmpfs and some network file systems cannot."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, os.O_RDONLY), False
 
 
 def read_into(file: int, target: memoryview, offset: int) -> int:

@@ -38,16 +38,17 @@ class Engine:
         self.packed, self.settings = packed, settings
         self.kernel = kernels.describe(dtype)
         """which kernel computes, for people"""
+        config = seam.load_config(packed.folder)
         runtime = process_memory()["anonymous"]
         self.plan = planner.make_plan(
             packed.manifest,
-            seam.load_config(packed.folder),
+            config,
             settings,
             runtime=runtime,
             budget=planner.budget_of(settings, runtime, available_memory()),
             element_size=dtype.itemsize,
         )
-        self.model: Any = build(packed, dtype, self._serve)
+        self.model: Any = build(packed, config, dtype, self._serve)
         self._store = store if store is not None else DiskStore(packed)
         arena = Arena(self.plan.slots + settings.staging, self.plan.record_nbytes)
         self._transfer = Transfer(self._store, arena, settings.readers, shuffle.shuffle if shuffle else None)

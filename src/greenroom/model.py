@@ -74,13 +74,13 @@ def _map(packed: PackedModel, entry: TensorEntry) -> torch.Tensor:
     return torch.frombuffer(mapping, dtype=dtype, count=count, offset=entry.offset).view(entry.shape)
 
 
-def build(packed: PackedModel, dtype: torch.dtype, serve: seam.ServeExperts) -> Any:
-    """The model of `packed`, in `dtype`, its experts served by `serve`.
+def build(packed: PackedModel, config: Any, dtype: torch.dtype, serve: seam.ServeExperts) -> Any:
+    """The model of `packed` and its transformers `config`, in `dtype`, its experts served by `serve`.
 
     Raises PackedModelError where the packed model and transformers' modelling code do not fit together.
     """
     manifest = packed.manifest
-    model = seam.skeleton(seam.load_config(packed.folder), dtype)
+    model = seam.skeleton(config, dtype)
     _check_complete(model, packed)
     experts = seam.experts_modules(model)
     layers = _layers_of(packed, experts)

@@ -206,9 +206,8 @@ class _Packing:
             for expert in range(module.num_experts):
                 weights = self.checkpoint.expert(module, expert)
                 for tensor in tensors:
-                    out = record[tensor.offset : tensor.offset + tensor.nbytes]
                     what = f"{tensor.name} of expert {expert} of {module.name}"
-                    _quantize(weights.pop(tensor.name), tensor.format, out, self.checkpoint, what)
+                    _quantize(weights.pop(tensor.name), tensor.format, tensor.part(record), self.checkpoint, what)
                 progress.advance(source_nbytes // module.num_experts)
                 yield byte_view(record)
 

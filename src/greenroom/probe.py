@@ -1,6 +1,5 @@
 """Measure this machine's disk and kernels on a model's own shapes, and predict tokens per second from them."""
 
-import contextlib
 import mmap
 import os
 import random
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from greenroom import kernels
+from greenroom.buffers import open_direct
 from greenroom.machine import median_s
 from greenroom.packed import ExpertsEntry, Manifest
 from greenroom.planner import Plan
@@ -66,7 +66,7 @@ def disk_bandwidth(path: Path, budget_s: float = 0.5) -> float:
     """Bytes per second of direct reads at random places of `path`, several in flight, for about `budget_s`."""
     size = path.stat().st_size
     places = range(0, max(size - _READ_NBYTES, 1), 4096)
-    file = _open_direct(path)
+    file, _ = open_direct(path)
     deadline, done = time.perf_counter() + budget_s, [0] * _READERS
 
     def read(reader: int) -> None:
@@ -82,9 +82,3 @@ def disk_bandwidth(path: Path, budget_s: float = 0.5) -> float:
     finally:
         os.close(file)
     return sum(done) / (time.perf_counter() - start)
-
-
-def _open_direct(path: Path) -> int:
-    with contextlib.suppress(OSError):  # tmpfs and some network file systems know no direct I/O
-        return os.open(path, os.O_RDONLY | os.O_DIRECT)
-    return os.open(path, os.O_RDONLY)

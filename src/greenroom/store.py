@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import errno
 import mmap
 import os
 import threading
@@ -14,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from greenroom.buffers import read_into
+from greenroom.buffers import open_direct, read_into
 from greenroom.errors import PackedModelError
 from greenroom.packed import PackedModel, check_bytes
 
@@ -58,16 +57,15 @@ class DiskStore:
         self._lock = threading.Lock()
 
     def _open(self, path: Path) -> int:
-        if self.direct:
-            try:
-                return os.open(path, os.O_RDONLY | os.O_DIRECT)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # tmpfs and some network file systems know no direct I/O
-                    raise PackedModelError(
-                        f"cannot open {path} ({error.strerror}): delete the packed folder and pack again"
-                    ) from error
-                self.direct = False
-        return os.open(path, os.O_RDONLY)
+        if not self.direct:
+            return os.open(path, os.O_RDONLY)
+        try:
+            file, self.direct = open_direct(path)
+        except OSError as error:
+            raise PackedModelError(
+                f"cannot open {path} ({error.strerror}): delete the packed folder and pack again"
+            ) from error
+        return file
 
     def nbytes(self, layer: int) -> int:
         """Size of one record of `layer`."""

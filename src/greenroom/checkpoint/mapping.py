@@ -210,10 +210,8 @@ class Checkpoint:
 
     def _select(self, route: _Route, names: "list[str]", target: str, num_experts: int, index: int) -> "list[str]":
         """The checkpoint tensors among `names` that make expert `index`; a stacked tensor is kept for slicing."""
-        ndim = self._state[target].ndim
-        info = self.shards.tensors[names[0]]
-        if len(info.shape) >= ndim and len(names) == 1:
-            count = info.shape[0]
+        if self._is_stacked(names, target):
+            count = self.shards.tensors[names[0]].shape[0]
             chosen = names
         else:
             groups = len(route.targets())  # a splitting converter takes one share of the list per target
@@ -225,12 +223,15 @@ class Checkpoint:
             )
         return chosen
 
+    def _is_stacked(self, names: "list[str]", target: str) -> bool:
+        """Whether one checkpoint tensor holds all experts of `target`."""
+        return len(names) == 1 and len(self.shards.tensors[names[0]].shape) >= self._state[target].ndim
+
     def _convert_one(self, route: _Route, target: str, num_experts: int, index: int) -> torch.Tensor:
-        ndim = self._state[target].ndim
         converter = copy.deepcopy(route.converter)
         for pattern, names in self._by_pattern(route).items():
+            stacked = self._is_stacked(names, target)
             for name in self._select(route, names, target, num_experts, index):
-                stacked = len(self.shards.tensors[name].shape) >= ndim and len(names) == 1
                 value = self.shards.read_slice(name, index) if stacked else self.shards.read(name)
                 if converter is None:
                     return value[0] if stacked else value

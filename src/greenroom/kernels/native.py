@@ -122,16 +122,12 @@ def _expert(
 ) -> torch.Tensor:
     """One expert, its activation computed by the family's own code."""
     first, second, *biases = layout
-    inner, outer = [dequantize(_part(record, t), t.rows, t.cols, t.format)[0] for t in biases] or (None, None)
-    hidden = linear(x, _part(record, first), first.rows, first.cols, first.format, inner)
+    inner, outer = [dequantize(t.part(record), t.rows, t.cols, t.format)[0] for t in biases] or (None, None)
+    hidden = linear(x, first.part(record), first.rows, first.cols, first.format, inner)
     assert hidden is not None
-    out = linear(activation.gate(hidden), _part(record, second), second.rows, second.cols, second.format, outer)
+    out = linear(activation.gate(hidden), second.part(record), second.rows, second.cols, second.format, outer)
     assert out is not None
     return out if activation.after is None else activation.after(out)
-
-
-def _part(record: torch.Tensor, tensor: RecordTensor) -> torch.Tensor:
-    return record[tensor.offset : tensor.offset + tensor.nbytes]
 
 
 def _is_plain(x: torch.Tensor) -> bool:

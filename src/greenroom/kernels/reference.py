@@ -69,13 +69,11 @@ def _expert(
 
 
 def _product(x: torch.Tensor, record: torch.Tensor, tensor: RecordTensor, bias: "torch.Tensor | None") -> torch.Tensor:
-    packed = record[tensor.offset : tensor.offset + tensor.nbytes]
-    return linear(x, packed, tensor.rows, tensor.cols, tensor.format, bias)
+    return linear(x, tensor.part(record), tensor.rows, tensor.cols, tensor.format, bias)
 
 
 def _unpack(record: torch.Tensor, tensor: RecordTensor, dtype: torch.dtype) -> torch.Tensor:
-    packed = record[tensor.offset : tensor.offset + tensor.nbytes]
-    return dequantize(packed, tensor.rows, tensor.cols, tensor.format, dtype)
+    return dequantize(tensor.part(record), tensor.rows, tensor.cols, tensor.format, dtype)
 
 
 def linear(

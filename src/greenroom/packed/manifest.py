@@ -6,6 +6,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from greenroom.errors import PackedModelError
 from greenroom.quant import Format, Layout
 
@@ -29,6 +31,10 @@ class RecordTensor:
     def nbytes(self) -> int:
         """Bytes of the packed tensor."""
         return Layout(self.rows, self.cols, self.format).nbytes
+
+    def part(self, record: torch.Tensor) -> torch.Tensor:
+        """This parameter's bytes of a `record` uint8 [record_nbytes], sharing memory."""
+        return record[self.offset : self.offset + self.nbytes]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
