@@ -1,6 +1,7 @@
 // AVX2 with FMA and F16C: every x86-64 server since 2013.
 #include <immintrin.h>
 
+#include "attention.h"
 #include "rows.h"
 
 namespace greenroom {
@@ -64,6 +65,6 @@ bool supported() {
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", "AVX2", supported, rows<Avx2>};
+const Isa kAvx2 = {"avx2", "AVX2", supported, rows<Avx2>, attend<Avx2>, mix<Avx2>};
 
 }  // namespace greenroom

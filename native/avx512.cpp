@@ -1,6 +1,7 @@
 // AVX-512 (F, BW, DQ, VL). A code of up to 4 bits is an index into a table of 16 weights, made once per group.
 #include <immintrin.h>
 
+#include "attention.h"
 #include "rows.h"
 
 namespace greenroom {
@@ -78,6 +79,6 @@ bool supported() {
 
 }  // namespace
 
-const Isa kAvx512 = {"avx512", "AVX-512", supported, rows<Avx512>};
+const Isa kAvx512 = {"avx512", "AVX-512", supported, rows<Avx512>, attend<Avx512>, mix<Avx512>};
 
 }  // namespace greenroom

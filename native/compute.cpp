@@ -157,6 +157,10 @@ void linear(const float* x, int count, const std::uint8_t* packed, const Shape& 
             for (std::int64_t row = 0; row < shape.rows; ++row) out[v * shape.rows + row] += bias[row];
 }
 
+void linears(const float* x, int count, const Linear* list, int n, int threads) {
+    for (int i = 0; i < n; ++i) linear(x, count, list[i].packed, list[i].shape, list[i].bias, list[i].out, threads);
+}
+
 void experts(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, int threads) {
     const Vectors outer(layout.first.cols), inner(layout.second.cols);
     std::int64_t total = 0;

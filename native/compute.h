@@ -41,6 +41,17 @@ bool choose(const char* name);
 void linear(const float* x, int count, const std::uint8_t* packed, const Shape& shape, const float* bias, float* out,
             int threads);
 
+// A packed matrix that multiplies: out [count, shape.rows].
+struct Linear {
+    const std::uint8_t* packed;
+    Shape shape;
+    const float* bias;
+    float* out;
+};
+
+// Several matrices times the same x.
+void linears(const float* x, int count, const Linear* list, int n, int threads);
+
 // Each task's out = second . silu-gate(first . x[rows]). x is [_, first.cols].
 void experts(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, int threads);
 

@@ -25,11 +25,29 @@ constexpr int kMaxVectors = 32;          // vectors that one call may multiply w
 using RowsFunction = void (*)(const Matrix& matrix, std::int64_t first, std::int64_t last, const float* const* x,
                               int count, float* const* y, float* scratch);
 
+// Cached keys and values of one key-value head, and the query heads that read them: positions first <= p < last of a
+// span that starts at a block. keys: float16 [blocks, key_dim, kPositions], readable up to the end of the last block;
+// values: float16 [positions, value_dim]; q: [heads, key_dim], scaled.
+// Gives, per head, sum of e^(score - highest) times the values in out [heads, value_dim], and highest and the sum.
+constexpr int kPositions = 32;  // positions in a block of keys
+constexpr int kSpan = 512;      // positions in a span
+
+struct Span {
+    const float* q;
+    int heads, key_dim, value_dim;
+    const std::uint8_t *keys, *values;
+    int first, last;
+    float *out, *highest, *sum;
+};
+
 struct Isa {
     const char* name;
     const char* title;
     bool (*supported)();
     RowsFunction rows;
+    void (*attend)(const Span& span);
+    // out [value_dim] = sum of weights[p] * values[p]; values: float16 [positions, value_dim]
+    void (*mix)(const std::uint8_t* values, int value_dim, const float* weights, int positions, float* out);
 };
 
 extern const Isa kPortable;

@@ -72,6 +72,8 @@ ExpertLayout layout_of(const Shape& first, std::int64_t first_offset, const Shap
 
 }  // namespace
 
+void bind_decoder(nb::module_& module);  // decode_module.cpp
+
 NB_MODULE(_native, module) {
     nb::class_<Shape>(module, "Shape").def_ro("rows", &Shape::rows).def_ro("cols", &Shape::cols).def_prop_ro("nbytes", &Shape::nbytes);
     nb::class_<ExpertLayout>(module, "ExpertLayout");
@@ -88,4 +90,5 @@ NB_MODULE(_native, module) {
     module.def("active", [] { return std::string(active().name); });
     module.def("title", [] { return std::string(active().title); });
     module.def("choose", [](const std::string& name) { return choose(name.c_str()); });
+    bind_decoder(module);
 }

@@ -1,4 +1,5 @@
 // Any machine: four lanes that the compiler maps to what it has.
+#include "attention.h"
 #include "rows.h"
 
 namespace greenroom {
@@ -68,6 +69,6 @@ bool supported() { return true; }
 
 }  // namespace
 
-const Isa kPortable = {"portable", "portable C++", supported, rows<Portable>};
+const Isa kPortable = {"portable", "portable C++", supported, rows<Portable>, attend<Portable>, mix<Portable>};
 
 }  // namespace greenroom

@@ -202,9 +202,10 @@ def test_16_bits_are_close_to_transformers_and_4_bits_are_not(
 ) -> None:
     theirs = logits_of(original)
     ours, rough = (logits_of(engines(packed, prefetch=2).model) for packed in (packed16, packed4))
-    for one, other, far in zip(ours, theirs, rough, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-        assert (far - other).abs().max() > 100 * (one - other).abs().max()
+    for number, (one, other, far) in enumerate(zip(ours, theirs, rough, strict=True)):
+        bound = 1e-4 if number < 2 else 5e-3  # single tokens read keys and values in float16
+        torch.testing.assert_close(one, other, rtol=bound, atol=bound)
+        assert (far - other).abs().max() > 10 * (one - other).abs().max()
 
 
 # --- the cache's account
@@ -215,14 +216,21 @@ def test_16_bits_are_close_to_transformers_and_4_bits_are_not(
 def test_a_replay_of_the_trace_has_the_hits_of_the_run(
     packed4: PackedModel, engines: Engines, monkeypatch: pytest.MonkeyPatch, policy: str, prefetch: int
 ) -> None:
-    live, real = [], ExpertCache.request
+    live, real, at_once = [], ExpertCache.request, ExpertCache.hit
 
     def noted(cache: ExpertCache, *args: Any) -> Any:
         access = real(cache, *args)
         live.append(set(access.hits))
         return access
 
+    def all_there(cache: ExpertCache, layer: int, experts: Any, valued: Any) -> Any:
+        buffers = at_once(cache, layer, experts, valued)
+        if buffers is not None:
+            live.append({(layer, expert) for expert in experts})
+        return buffers
+
     monkeypatch.setattr(ExpertCache, "request", noted)
+    monkeypatch.setattr(ExpertCache, "hit", all_there)
     engine = engines(packed4, policy=policy, prefetch=prefetch, lookahead=2)
     engine.runner.trace = []
     logits_of(engine.model)

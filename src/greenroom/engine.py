@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from greenroom import kernels, planner, seam
+from greenroom import kernels, planner, seam, threads
 from greenroom.cache import POLICIES, ExpertCache
 from greenroom.config import EngineSettings
+from greenroom.decode import DecodeStep
 from greenroom.machine import available_memory
 from greenroom.metrics import Metrics, process_memory
 from greenroom.model import build, routers
@@ -36,6 +37,7 @@ class Engine:
     ) -> None:
         policy = planner.check_policy(settings.policy, sorted(POLICIES))
         self.packed, self.settings = packed, settings
+        threads.take_over()
         self.kernel = kernels.describe(dtype)
         """which kernel computes, for people"""
         config = seam.load_config(packed.folder)
@@ -66,6 +68,8 @@ class Engine:
             kernel=kernels.experts,
             prefetcher=Prefetcher(routers(self.model, packed), settings.prefetch, settings.lookahead, settings.staging),
         )
+
+        self.decode = DecodeStep(self.model.base_model, self.runner.token)
 
         self.model.greenroom = self
         seam.load_generation_config(self.model, packed.folder)

@@ -4,6 +4,7 @@ GREENROOM_CACHE   folder for packed models and the demo      (default: the platf
 XDG_CACHE_HOME    where that is on Linux                     (default: ~/.cache)
 GREENROOM_ISA     avx512, avx2 or portable: the instruction set of the compiled kernels; none: compute with torch
                   (default: the best this machine has)
+GREENROOM_DECODE  modules: decode with transformers' modules   (default: compiled, for the decoders it is proved for)
 """
 
 import os
@@ -23,3 +24,8 @@ def cache_folder() -> Path:
 def isa() -> str:
     """The instruction set to compute with, in lower case; empty for the best."""
     return os.environ.get("GREENROOM_ISA", "").strip().lower()
+
+
+def decode() -> str:
+    """What decodes, in lower case: "modules" or nothing."""
+    return os.environ.get("GREENROOM_DECODE", "").strip().lower()

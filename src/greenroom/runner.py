@@ -4,14 +4,14 @@ The order in which experts arrive never shows: each expert's output is computed 
 and outputs are summed in ascending order of expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from greenroom import seam
 from greenroom.cache import ExpertCache
-from greenroom.kernels import Activation, ExpertsKernel, ExpertTask
+from greenroom.kernels import Activation, ExpertsKernel, ExpertTask, native
 from greenroom.metrics import Metrics, Stopwatch
 from greenroom.packed import ExpertsEntry
 from greenroom.prefetch import Prefetcher
@@ -42,6 +42,7 @@ class ExpertRunner:
     ) -> None:
         self._entries, self._cache, self._transfer, self._arena = entries, cache, transfer, arena
         self._kernel, self._prefetcher = kernel, prefetcher
+        self._kinds: dict[int, str] = {}
         self.metrics = Metrics()
         self.trace: list[tuple[int, tuple[int, ...]]] | None = None
         """Set to a list to record (layer, experts, least valuable first) of every call."""
@@ -74,6 +75,66 @@ class ExpertRunner:
             raise
         self._count()
         return out
+
+    def token(
+        self,
+        layer: int,
+        module: Any,
+        x: torch.Tensor,
+        experts: "list[int]",
+        weights: "list[float]",
+        outputs: torch.Tensor,
+        meanwhile: "Callable[[], None]",
+    ) -> None:
+        """The same for one token of the compiled decode step: a `decode.ServeToken`."""
+        valued = [expert for _, expert in sorted(zip(weights, experts, strict=True))]
+        self.metrics.calls += 1
+        if self.trace is not None:
+            self.trace.append((layer, tuple(valued)))
+        kind = self._kinds.get(layer) or self._kinds.setdefault(layer, seam.activation_kind(module))
+        buffers = None if self._prefetcher.experts else self._cache.hit(layer, experts, valued)
+        if buffers is not None:
+            meanwhile()
+            self._token(layer, kind, x, buffers, list(range(len(experts))), outputs)
+            self._count()
+            return
+        try:
+            self._cache.request(layer, experts, valued)
+            self._start_loads()
+            for ahead, guessed in self._prefetcher.guess(layer, x, len(experts), False):
+                self._cache.guess(ahead, guessed)
+            self._start_loads()
+            meanwhile()
+            places = {expert: place for place, expert in enumerate(experts)}
+            while places:
+                found = {expert: self._cache.ready(layer, expert) for expert in places}
+                ready = {expert: buffer for expert, buffer in found.items() if buffer is not None}
+                if not ready:
+                    self._collect(wait=True)
+                    continue
+                self._token(layer, kind, x, list(ready.values()), [places.pop(expert) for expert in ready], outputs)
+                for expert in ready:
+                    self._cache.release(layer, expert)
+                self._start_loads()
+                self._collect(wait=False)
+            self._cache.finish()
+        except BaseException:
+            self._give_up()
+            raise
+        self._count()
+
+    def _token(
+        self,
+        layer: int,
+        kind: str,
+        x: torch.Tensor,
+        buffers: "list[int]",
+        places: "list[int]",
+        outputs: torch.Tensor,
+    ) -> None:
+        entry, addresses = self._entries[layer], [self._arena.address(buffer) for buffer in buffers]
+        with Stopwatch(self.metrics, "compute_s"):
+            native.token(x, addresses, places, entry.record_nbytes, entry.tensors, kind, outputs)
 
     def _as_they_come(self, layer: int, call: "_Call", activation: Activation) -> torch.Tensor:
         """Resident experts first, then the others in the order in which their reads finish."""

@@ -144,6 +144,10 @@ class Arena:
         start = buffer * self.record_nbytes
         return self._view[start : start + nbytes]
 
+    def address(self, buffer: int) -> int:
+        """Where a buffer starts in memory."""
+        return self._tensor.data_ptr() + buffer * self.record_nbytes
+
     def record(self, buffer: int) -> torch.Tensor:
         """A buffer as uint8 [record_nbytes], sharing memory."""
         start = buffer * self.record_nbytes

@@ -145,6 +145,26 @@ class ExpertCache:
         self._check()
         return access
 
+    def hit(self, layer: int, experts: Sequence[int], valued: Sequence[int]) -> "list[int] | None":
+        """The buffers of `experts` where all are there and nothing is guessed: a whole access in one step, from request
+        to finish. None where something is missing; then nothing has happened."""
+        group, held = self._group(layer), self._held
+        resident = self._resident[group]
+        needed = [(layer, expert) for expert in experts]
+        if self._guessed or self._queue.guesses or not resident.issuperset(needed):
+            return None
+        if not all(key in held and held[key].ready for key in needed):
+            return None
+        self.counters.hits += len(needed)
+        buffers = [held[key].buffer for key in needed]
+        after = self._policies[group].update([(layer, expert) for expert in valued])
+        if len(after) != len(resident):  # a policy may let go of what was just used
+            self._resident[group] = set(after)
+            for key in resident - self._resident[group]:
+                self._discard(key)
+        self._check()
+        return buffers
+
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """Queue a read of `experts` of `layer`, likeliest first, replacing that layer's queued guesses.
 

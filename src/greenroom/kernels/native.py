@@ -8,10 +8,11 @@ experts or the number of threads, so bits stay the same whatever the memory. The
 import functools
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from greenroom import environment
+from greenroom import environment, threads
 from greenroom.errors import ConfigError
 from greenroom.kernels.reference import Activation, ExpertTask
 from greenroom.packed import RecordTensor
@@ -31,6 +32,8 @@ except ImportError as error:
     _unusable = f"the extension does not load ({error})"
 
 MAX_TOKENS = _native.max_vectors() if _native else 0
+BLOCK = _native.BLOCK if _native else 32
+"""Positions in a block of cached keys."""
 
 
 @functools.cache
@@ -55,8 +58,8 @@ def unusable() -> str:
 
 def describe() -> str:
     """For people: "native (AVX-512, 2 threads)"."""
-    threads = torch.get_num_threads()
-    return f"native ({_native.title()}, {threads} thread{'s' if threads > 1 else ''})"
+    count = threads.count()
+    return f"native ({_native.title()}, {count} thread{'s' if count > 1 else ''})"
 
 
 def linear(
@@ -74,10 +77,10 @@ def linear(
         x.shape[0],
         packed.data_ptr(),
         packed.numel(),
-        _shape(rows, cols, format),
+        shape(rows, cols, format),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        torch.get_num_threads(),
+        threads.count(),
     )
     return out
 
@@ -109,12 +112,39 @@ def experts(
         min(task.record.numel() for task in tasks),
         [task.rows.data_ptr() for task in tasks],
         counts,
-        _layout(layout[0], layout[1], GATES[activation.kind]),
+        expert_layout(layout[0], layout[1], GATES[activation.kind]),
         out.data_ptr(),
-        torch.get_num_threads(),
+        threads.count(),
     )
     found = torch.split(out, counts)
     return list(found) if activation.after is None else [activation.after(one) for one in found]
+
+
+def token(
+    x: torch.Tensor,
+    records: "list[int]",
+    places: "list[int]",
+    record_nbytes: int,
+    layout: "Sequence[RecordTensor]",
+    kind: str,
+    outputs: torch.Tensor,
+) -> None:
+    """One token's experts in one call: x [1, H], the addresses of their records, and the rows of outputs [k, H] that
+    they write."""
+    _native.token(
+        x.data_ptr(),
+        records,
+        places,
+        record_nbytes,
+        expert_layout(layout[0], layout[1], GATES[kind]),
+        outputs.data_ptr(),
+        threads.count(),
+    )
+
+
+def decoder(layers: "list[Any]", hidden: torch.Tensor, normed: torch.Tensor) -> Any:
+    """The compiled decoder over `layers`; hidden and normed float32 [1, width] are its working vectors."""
+    return _native.Decoder(layers, hidden.shape[1], hidden.data_ptr(), normed.data_ptr())
 
 
 def _expert(
@@ -139,11 +169,13 @@ def _is_bytes(packed: torch.Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _shape(rows: int, cols: int, format: Format) -> "_native.Shape":
+def shape(rows: int, cols: int, format: Format) -> "_native.Shape":
+    """A packed matrix's shape, for the extension."""
     return _native.shape(rows, cols, format.bits, format.group_size, format.dtype == "float16")
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(first: RecordTensor, second: RecordTensor, gated: bool) -> "_native.ExpertLayout":
-    shapes = [_shape(tensor.rows, tensor.cols, tensor.format) for tensor in (first, second)]
+def expert_layout(first: RecordTensor, second: RecordTensor, gated: bool) -> "_native.ExpertLayout":
+    """Where an expert's two matrices lie in its record, for the extension."""
+    shapes = [shape(tensor.rows, tensor.cols, tensor.format) for tensor in (first, second)]
     return _native.layout(shapes[0], first.offset, shapes[1], second.offset, gated)

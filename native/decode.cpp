@@ -1,0 +1,333 @@
+#include "decode.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "exp.h"
+#include "pool.h"
+
+namespace greenroom {
+namespace {
+
+constexpr int kLanes = 16;         // sums that are kept side by side, so that compilers can use vectors
+constexpr int kHeadsAtOnce = 16;   // query heads that one thread takes
+constexpr std::int64_t kAloneNbytes = 64 << 10;  // of cache: below, waking a thread takes longer
+
+float inverse_root_mean_square(const float* x, std::int64_t count, float eps) {
+    float sums[kLanes] = {};
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        for (int lane = 0; lane < kLanes; ++lane) sums[lane] += x[i + lane] * x[i + lane];
+    float sum = 0.0f;
+    for (; i < count; ++i) sum += x[i] * x[i];
+    for (float lane : sums) sum += lane;
+    return 1.0f / std::sqrt(sum / static_cast<float>(count) + eps);
+}
+
+void normalize(const Norm& norm, const float* x, std::int64_t count, float* out) {
+    const float factor = inverse_root_mean_square(x, count, norm.eps);
+    for (std::int64_t i = 0; i < count; ++i) out[i] = norm.weight[i] * (x[i] * factor);
+}
+
+void normalize_heads(const Norm& norm, float* x, int heads, int dim, bool each) {
+    if (norm.weight == nullptr) return;
+    if (!each) return normalize(norm, x, static_cast<std::int64_t>(heads) * dim, x);
+    for (int head = 0; head < heads; ++head) normalize(norm, x + head * dim, dim, x + head * dim);
+}
+
+// Turns the first `dim` numbers of x.
+void rotate(Rotation rotation, float* x, int dim, const float* cosine, const float* sine) {
+    const int half = dim / 2;
+    if (rotation == Rotation::halves) {
+        for (int i = 0; i < half; ++i) {
+            const float first = x[i], second = x[i + half];
+            x[i] = first * cosine[i] - second * sine[i];
+            x[i + half] = second * cosine[i] + first * sine[i];
+        }
+        return;
+    }
+    for (int i = 0; i < half; ++i) {
+        const float first = x[2 * i], second = x[2 * i + 1];
+        x[2 * i] = first * cosine[i] - second * sine[i];
+        x[2 * i + 1] = second * cosine[i] + first * sine[i];
+    }
+    if (rotation == Rotation::pairs) return;
+    std::vector<float> turned(x, x + dim);
+    for (int i = 0; i < half; ++i) x[i] = turned[2 * i], x[i + half] = turned[2 * i + 1];
+}
+
+// To float16, to nearest, ties to even; what is larger than float16 becomes its largest number.
+std::uint16_t to_half(float value) {
+    value = std::clamp(value, -65504.0f, 65504.0f);
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const std::uint32_t sign = bits >> 16 & 0x8000u;
+    bits &= 0x7fffffffu;
+    if (bits < 0x38800000u) {  // below 2^-14: float16's spacing is 2^-24 there, as float32's is in [0.5, 1)
+        float magnitude;
+        std::memcpy(&magnitude, &bits, 4);
+        const float shifted = magnitude + 0.5f;
+        std::uint32_t rounded;
+        std::memcpy(&rounded, &shifted, 4);
+        return static_cast<std::uint16_t>(sign | (rounded - 0x3f000000u));
+    }
+    bits += 0xfffu + (bits >> 13 & 1u);
+    return static_cast<std::uint16_t>(sign | (bits - 0x38000000u) >> 13);
+}
+
+void put_key(const KeyValues& cache, int kv_head, int key_dim, int from, const float* x, int count) {
+    const std::int64_t block = cache.length / kPositions, lane = cache.length % kPositions;
+    std::uint8_t* to = cache.keys + 2 * ((kv_head * cache.capacity + block * kPositions) * key_dim + lane);
+    for (int d = 0; d < count; ++d) {
+        const std::uint16_t half = to_half(x[d]);
+        std::memcpy(to + 2 * static_cast<std::int64_t>(from + d) * kPositions, &half, 2);
+    }
+}
+
+void put_value(const KeyValues& cache, int kv_head, const float* x, int count) {
+    std::uint8_t* to = cache.values + 2 * (kv_head * cache.capacity + cache.length) * count;
+    for (int d = 0; d < count; ++d) {
+        const std::uint16_t half = to_half(x[d]);
+        std::memcpy(to + 2 * d, &half, 2);
+    }
+}
+
+// The attention of all query heads over first <= p <= length. Spans are cut by position alone, and put together in
+// their order, so that the number of threads never shows.
+void attend_all(const float* q, int heads, int kv_heads, int key_dim, int value_dim, const float* sinks,
+                const KeyValues& cache, std::vector<float>& partial, float* out, int threads) {
+    const std::int64_t last = cache.length + 1, first_span = cache.first / kSpan, spans = (last + kSpan - 1) / kSpan - first_span;
+    const int group = heads / kv_heads, slices = (group + kHeadsAtOnce - 1) / kHeadsAtOnce;
+    const std::int64_t size = value_dim + 2;  // a head's sums over a span, then highest and sum
+    partial.resize(static_cast<std::size_t>(spans * heads * size));
+    float* sums = partial.data();
+    float* highest = sums + spans * heads * value_dim;
+    float* total = highest + spans * heads;
+    const auto body = [&](std::int64_t item) {
+        const std::int64_t number = item % spans, slice = item / spans % slices, kv_head = item / spans / slices;
+        const std::int64_t start = (first_span + number) * kSpan;
+        const std::int64_t head = kv_head * group + slice * kHeadsAtOnce, at = number * heads + head;
+        Span span;
+        span.q = q + head * key_dim;
+        span.heads = static_cast<int>(std::min<std::int64_t>(kHeadsAtOnce, (kv_head + 1) * group - head));
+        span.key_dim = key_dim, span.value_dim = value_dim;
+        span.keys = cache.keys + 2 * (kv_head * cache.capacity + start) * key_dim;
+        span.values = cache.values + 2 * (kv_head * cache.capacity + start) * value_dim;
+        span.first = static_cast<int>(std::max<std::int64_t>(cache.first - start, 0));
+        span.last = static_cast<int>(std::min<std::int64_t>(last - start, kSpan));
+        span.out = sums + at * value_dim, span.highest = highest + at, span.sum = total + at;
+        active().attend(span);
+    };
+    const std::int64_t nbytes = 2 * (last - cache.first) * kv_heads * (key_dim + value_dim);
+    parallel_for(spans * slices * kv_heads, nbytes < kAloneNbytes ? 1 : threads, body);
+
+    for (int head = 0; head < heads; ++head) {
+        float top = sinks != nullptr ? sinks[head] : highest[head], sum = 0.0f;
+        for (std::int64_t s = 0; s < spans; ++s) top = std::max(top, highest[s * heads + head]);
+        float* to = out + static_cast<std::int64_t>(head) * value_dim;
+        std::fill(to, to + value_dim, 0.0f);
+        for (std::int64_t s = 0; s < spans; ++s) {
+            const std::int64_t at = s * heads + head;
+            const float factor = std::exp(highest[at] - top);
+            sum += factor * total[at];
+            for (int d = 0; d < value_dim; ++d) to[d] += factor * sums[at * value_dim + d];
+        }
+        if (sinks != nullptr) sum += std::exp(sinks[head] - top);
+        for (int d = 0; d < value_dim; ++d) to[d] /= sum;
+    }
+}
+
+void multiply(const Weights& weights, const float* x, float* out, int threads) {
+    linear(x, 1, weights.packed, weights.shape, weights.bias, out, threads);
+}
+
+float* sized(std::vector<float>& buffer, std::int64_t count) {
+    if (buffer.size() < static_cast<std::size_t>(count)) buffer.resize(static_cast<std::size_t>(count));
+    return buffer.data();
+}
+
+void softmax(float* x, std::int64_t count) {
+    const float highest = *std::max_element(x, x + count);
+    float sum = 0.0f;
+    for (std::int64_t i = 0; i < count; ++i) sum += x[i] = std::exp(x[i] - highest);
+    for (std::int64_t i = 0; i < count; ++i) x[i] /= sum;
+}
+
+// The `count` largest, largest first; the first of equals.
+std::vector<int> largest(const float* x, int size, int count) {
+    std::vector<int> order(static_cast<std::size_t>(size));
+    for (int i = 0; i < size; ++i) order[static_cast<std::size_t>(i)] = i;
+    const auto before = [x](int i, int j) { return x[i] > x[j] || (x[i] == x[j] && i < j); };
+    std::partial_sort(order.begin(), order.begin() + count, order.end(), before);
+    order.resize(static_cast<std::size_t>(count));
+    return order;
+}
+
+// -infinity for experts outside the best groups
+void keep_groups(const Router& it, std::vector<float>& choice) {
+    const int size = static_cast<int>(choice.size()) / it.groups;
+    std::vector<float> scores(static_cast<std::size_t>(it.groups));
+    for (int group = 0; group < it.groups; ++group) {
+        const float* members = choice.data() + group * size;
+        float& score = scores[static_cast<std::size_t>(group)];
+        score = 0.0f;
+        for (int member : largest(members, size, it.group_by_two ? 2 : 1)) score += members[member];
+    }
+    std::vector<bool> kept(scores.size());
+    for (int group : largest(scores.data(), it.groups, it.top_groups)) kept[static_cast<std::size_t>(group)] = true;
+    for (std::size_t i = 0; i < choice.size(); ++i)
+        if (!kept[i / static_cast<std::size_t>(size)]) choice[i] = -INFINITY;
+}
+
+}  // namespace
+
+Decoder::Decoder(std::vector<DecoderLayer> layers, std::int64_t width, float* hidden, float* normed)
+    : layers_(std::move(layers)), width_(width), hidden_(hidden), normed_(normed) {
+    projected_.resize(static_cast<std::size_t>(width));
+    shared_.resize(static_cast<std::size_t>(width));
+}
+
+Chosen Decoder::attend(std::size_t layer, const KeyValues& cache, const float* cosine, const float* sine, int threads) {
+    const DecoderLayer& it = layers_.at(layer);
+    normalize(it.before_attention, hidden_, width_, normed_);
+    const float* added = it.attention ? attention(*it.attention, cache, cosine, sine, threads)
+                                      : latent_attention(*it.latent_attention, cache, cosine, sine, threads);
+    for (std::int64_t i = 0; i < width_; ++i) hidden_[i] += added[i];
+    normalize(it.before_mlp, hidden_, width_, normed_);
+    if (it.router) return route(*it.router, threads);
+    mlp(*it.mlp, projected_.data(), threads);
+    for (std::int64_t i = 0; i < width_; ++i) hidden_[i] += projected_[static_cast<std::size_t>(i)];
+    return {};
+}
+
+const float* Decoder::attention(const Attention& it, const KeyValues& cache, const float* cosine, const float* sine,
+                                int threads) {
+    const int dim = it.head_dim;
+    float* q = sized(a_, it.heads * dim);
+    float* k = sized(b_, 2 * it.kv_heads * dim);
+    float* v = k + it.kv_heads * dim;
+    const Linear projections[] = {{it.query.packed, it.query.shape, it.query.bias, q},
+                                  {it.key.packed, it.key.shape, it.key.bias, k},
+                                  {it.value.packed, it.value.shape, it.value.bias, v}};
+    linears(normed_, 1, projections, 3, threads);
+    normalize_heads(it.query_norm, q, it.heads, dim, it.norm_each_head);
+    normalize_heads(it.key_norm, k, it.kv_heads, dim, it.norm_each_head);
+    if (it.clip > 0.0f) {
+        for (int i = 0; i < it.heads * dim; ++i) q[i] = std::clamp(q[i], -it.clip, it.clip);
+        for (int i = 0; i < 2 * it.kv_heads * dim; ++i) k[i] = std::clamp(k[i], -it.clip, it.clip);
+    }
+    for (int head = 0; head < it.heads; ++head) rotate(it.rotation, q + head * dim, it.rotary_dim, cosine, sine);
+    for (int i = 0; i < it.heads * dim; ++i) q[i] *= it.scale;
+    for (int head = 0; head < it.kv_heads; ++head) {
+        rotate(it.rotation, k + head * dim, it.rotary_dim, cosine, sine);
+        put_key(cache, head, dim, 0, k + head * dim, dim);
+        put_value(cache, head, v + head * dim, dim);
+    }
+    float* mixed = sized(c_, it.heads * dim);
+    attend_all(q, it.heads, it.kv_heads, dim, dim, it.sinks, cache, partial_, mixed, threads);
+    multiply(it.output, mixed, projected_.data(), threads);
+    return projected_.data();
+}
+
+const float* Decoder::latent_attention(const LatentAttention& it, const KeyValues& cache, const float* cosine,
+                                       const float* sine, int threads) {
+    const int head_dim = it.nope_dim + it.rotary_dim, key_dim = it.latent_dim + it.rotary_dim;
+    float* q = sized(a_, it.heads * head_dim);
+    float* latent = sized(b_, key_dim);
+    if (it.query_down) {
+        float* down = sized(c_, it.query_down.shape.rows);
+        const Linear projections[] = {{it.query_down.packed, it.query_down.shape, it.query_down.bias, down},
+                                      {it.latent.packed, it.latent.shape, it.latent.bias, latent}};
+        linears(normed_, 1, projections, 2, threads);
+        normalize(it.query_norm, down, it.query_down.shape.rows, down);
+        multiply(it.query, down, q, threads);
+    } else {
+        const Linear projections[] = {{it.query.packed, it.query.shape, it.query.bias, q},
+                                      {it.latent.packed, it.latent.shape, it.latent.bias, latent}};
+        linears(normed_, 1, projections, 2, threads);
+    }
+    normalize(it.latent_norm, latent, it.latent_dim, latent);
+    rotate(it.rotation, latent + it.latent_dim, it.rotary_dim, cosine, sine);
+    put_key(cache, 0, key_dim, 0, latent, key_dim);
+    put_value(cache, 0, latent, it.latent_dim);
+
+    // a head's query in the latent's space: nope . key_up, then the rotated part as it is
+    float* absorbed = sized(c_, static_cast<std::int64_t>(it.heads) * (key_dim + it.latent_dim));
+    float* mixed = absorbed + it.heads * key_dim;
+    parallel_for(it.heads, threads, [&](std::int64_t head) {
+        float *from = q + head * head_dim, *to = absorbed + head * key_dim;
+        rotate(it.rotation, from + it.nope_dim, it.rotary_dim, cosine, sine);
+        active().mix(it.key_up + 2 * head * it.nope_dim * it.latent_dim, it.latent_dim, from, it.nope_dim, to);
+        std::copy_n(from + it.nope_dim, it.rotary_dim, to + it.latent_dim);
+        for (int i = 0; i < key_dim; ++i) to[i] *= it.scale;
+    });
+    attend_all(absorbed, it.heads, 1, key_dim, it.latent_dim, nullptr, cache, partial_, mixed, threads);
+    float* values = sized(a_, it.heads * it.value_dim);
+    parallel_for(it.heads, threads, [&](std::int64_t head) {
+        active().mix(it.value_up + 2 * head * it.latent_dim * it.value_dim, it.value_dim, mixed + head * it.latent_dim,
+                     it.latent_dim, values + head * it.value_dim);
+    });
+    multiply(it.output, values, projected_.data(), threads);
+    return projected_.data();
+}
+
+void Decoder::mlp(const Mlp& it, float* out, int threads) {
+    const std::int64_t inner = it.gate.shape.rows;
+    float* gate = sized(a_, 2 * inner);
+    float* up = gate + inner;
+    const Linear projections[] = {{it.gate.packed, it.gate.shape, it.gate.bias, gate},
+                                  {it.up.packed, it.up.shape, it.up.bias, up}};
+    linears(normed_, 1, projections, 2, threads);
+    for (std::int64_t i = 0; i < inner; ++i) gate[i] = silu(gate[i]) * up[i];
+    multiply(it.down, gate, out, threads);
+    if (!it.scale) return;
+    float logit;
+    multiply(it.scale, normed_, &logit, 1);
+    const float factor = sigmoid(logit);
+    for (std::int64_t i = 0; i < width_; ++i) out[i] *= factor;
+}
+
+Chosen Decoder::route(const Router& it, int threads) {
+    const int experts = static_cast<int>(it.weights.shape.rows);
+    float* scores = sized(a_, experts);
+    multiply(it.weights, normed_, scores, threads);
+    if (it.scores == Router::Scores::softmax) softmax(scores, experts);
+    if (it.scores == Router::Scores::sigmoid)
+        for (int i = 0; i < experts; ++i) scores[i] = sigmoid(scores[i]);
+
+    std::vector<float> choice(scores, scores + experts);
+    if (it.correction != nullptr)
+        for (int i = 0; i < experts; ++i) choice[static_cast<std::size_t>(i)] += it.correction[i];
+    if (it.groups > 1) keep_groups(it, choice);
+    Chosen chosen{largest(choice.data(), experts, it.top_k), {}};
+    std::sort(chosen.experts.begin(), chosen.experts.end());
+
+    for (int expert : chosen.experts) chosen.weights.push_back(scores[expert]);
+    if (it.scores == Router::Scores::softmax_of_chosen) softmax(chosen.weights.data(), it.top_k);
+    float sum = 0.0f;
+    for (float weight : chosen.weights) sum += weight;
+    for (float& weight : chosen.weights) weight = (it.normalize ? weight / sum : weight) * it.scale;
+    return chosen;
+}
+
+void Decoder::shared(std::size_t layer, int threads) {
+    const DecoderLayer& it = layers_.at(layer);
+    if (it.router && it.mlp) mlp(*it.mlp, shared_.data(), threads);
+}
+
+void Decoder::combine(std::size_t layer, const float* outputs, const std::vector<float>& weights) {
+    float* sum = projected_.data();
+    std::fill(sum, sum + width_, 0.0f);
+    for (std::size_t e = 0; e < weights.size(); ++e)
+        for (std::int64_t i = 0; i < width_; ++i)
+            sum[i] += outputs[static_cast<std::int64_t>(e) * width_ + i] * weights[e];
+    const DecoderLayer& it = layers_.at(layer);
+    if (it.router && it.mlp)
+        for (std::int64_t i = 0; i < width_; ++i) sum[i] += shared_[static_cast<std::size_t>(i)];
+    for (std::int64_t i = 0; i < width_; ++i) hidden_[i] += sum[i];
+}
+
+void Decoder::finish(const Norm& norm) { normalize(norm, hidden_, width_, normed_); }
+
+}  // namespace greenroom

@@ -1,0 +1,160 @@
+"""The compiled decode step: stands in for the forward of a model without its head where one more token of one sequence
+is asked for, and leaves everything else to the modules.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from greenroom import environment
+from greenroom.decode import kv, proof
+from greenroom.decode.describe import DecoderParts, NotUnderstood, Turn, describe
+from greenroom.kernels import native
+from greenroom.threads import count, lent_to_torch
+
+_HARMLESS = {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "cache_position"}
+"""Other arguments that a plain step may carry; the `output_` ones only where they are false."""
+
+
+class ServeToken(Protocol):
+    """Computes one token's experts."""
+
+    def __call__(
+        self,
+        layer: int,
+        module: Any,
+        x: torch.Tensor,
+        experts: "list[int]",
+        weights: "list[float]",
+        outputs: torch.Tensor,
+        meanwhile: "Callable[[], None]",
+    ) -> None:
+        """Put each expert's output for x [1, H], unweighted, into its row of outputs [k, H]; `experts` are ascending.
+        `meanwhile` is called once, when what is missing is on its way."""
+        ...
+
+
+class DecodeStep:
+    """`base.forward` with a fast way for single tokens.
+
+    `reason` says why the fast way is not taken, in words; empty while it is. It is described and proved at the first
+    token that could take it.
+    """
+
+    def __init__(self, base: Any, serve: ServeToken) -> None:
+        self._base, self._serve = base, serve
+        self._modules_forward, self._modules = base.forward, list(base.modules())
+        self._parts: DecoderParts | None = None
+        self._decoder: Any = None
+        self.enabled = environment.decode() != "modules"
+        """set to False, every token goes through the modules"""
+        self.steps = 0
+        """tokens that went the fast way"""
+        self.forget()
+        base.forward = self.forward
+
+    def forget(self) -> None:
+        """Describe and prove anew at the next token."""
+        self.reason, self._tried = "", False
+
+    def forward(self, input_ids: "torch.Tensor | None" = None, **others: Any) -> Any:
+        """As the model's own forward."""
+        if self.enabled and input_ids is not None and input_ids.shape == (1, 1) and self._takes(others):
+            out = self._step(input_ids, others["past_key_values"], others.get("attention_mask"))
+            if out is not None:
+                return out
+        with lent_to_torch():
+            return self._modules_forward(input_ids=input_ids, **others)
+
+    def _takes(self, others: "dict[str, Any]") -> bool:
+        """Whether a call asks for nothing but one more token."""
+        known = {"attention_mask", "past_key_values", "position_ids", "inputs_embeds", *_HARMLESS}
+        if not others.keys() <= known or others.get("inputs_embeds") is not None or others.get("use_cache") is False:
+            return False
+        if any(value for name, value in others.items() if name.startswith("output_")) or others.get("past_key_values") is None:
+            return False
+        config = self._base.config
+        if config.output_hidden_states or getattr(config, "output_attentions", False) or torch.is_grad_enabled():
+            return False
+        if self._watched():
+            return False
+        if not self._tried:
+            self._try()
+        return not self.reason
+
+    def _watched(self) -> bool:
+        """Whether somebody hooked a module: hooks see the modules' own way."""
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
+
+    def _try(self) -> None:
+        self._tried = True
+        try:
+            self._parts = parts = describe(self._base)
+            self._hidden, self._normed = torch.zeros(1, parts.width), torch.zeros(1, parts.width)
+            self._outputs = torch.empty(parts.top_k, parts.width)
+            self._decoder = native.decoder(parts.described, self._hidden, self._normed)
+            self.reason = ""
+            self.reason = proof.disagreement(self, self._base, parts)
+        except NotUnderstood as error:
+            self.reason = str(error)
+        except Exception as error:  # modelling code of any family: what cannot be described runs as before
+            self.reason = f"{type(error).__name__}: {error}"
+
+    def _step(self, input_ids: torch.Tensor, cache: Any, mask: "torch.Tensor | None") -> Any:
+        assert self._parts is not None
+        layers = kv.adopt(cache, self._parts.layouts)
+        position = cache.get_seq_length()
+        if layers is None or not self._sees_all(mask, position):
+            return None
+        halves = [layer.half(window) for layer, window in zip(layers, self._parts.windows, strict=True)]
+        if any(half is None for half in halves):
+            return None
+        self._hidden.copy_(self._parts.embed(input_ids)[0])
+        turn = Turn(self._parts.rotary, position, self._parts.width)
+        for index, layer in enumerate(layers):
+            self.layer(index, halves[index], turn, self._serve)
+            layer.put()
+        self._decoder.finish(self._parts.final_norm)
+        self.steps += 1
+        return MoeModelOutputWithPast(last_hidden_state=self._normed.clone()[None], past_key_values=cache)
+
+    def _sees_all(self, mask: "torch.Tensor | None", position: int) -> bool:
+        """Whether the attention mask hides nothing: no padding in front."""
+        return mask is None or (mask.ndim == 2 and mask.shape[1] == position + 1 and bool(mask.all()))
+
+    def layer(self, index: int, half: kv.HalfKV, turn: Turn, serve: ServeToken) -> None:
+        """The residual stream through one layer."""
+        assert self._parts is not None
+        decoder, threads = self._decoder, count()
+        keys, values = half.addresses()
+        experts, weights = decoder.attend(
+            index,
+            keys,
+            values,
+            half.capacity,
+            half.first,
+            half.length,
+            turn.cosine.data_ptr(),
+            turn.sine.data_ptr(),
+            threads,
+        )
+        module = self._parts.moe[index]
+        if module is None:
+            return
+        serve(
+            module.greenroom_layer,
+            module,
+            self._normed,
+            experts,
+            weights,
+            self._outputs,
+            lambda: decoder.shared(index, threads),
+        )
+        decoder.combine(index, self._outputs.data_ptr(), weights)
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The residual stream [1, H] between layers: what `layer` reads and writes."""
+        return self._hidden

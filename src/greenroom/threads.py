@@ -1,0 +1,35 @@
+"""Who computes on how many threads.
+
+The compiled kernels share their work out to threads of their own. torch keeps to one meanwhile: its threads wait for
+each other at every operation, and where a core is busy with something else that turns microseconds into milliseconds.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+_ours = 0
+
+
+def count() -> int:
+    """Threads that the compiled kernels use."""
+    return _ours or torch.get_num_threads()
+
+
+def take_over() -> None:
+    """Give the threads that torch is set to use to the kernels, and leave torch one."""
+    global _ours
+    if torch.get_num_threads() > 1 or not _ours:
+        _ours = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def lent_to_torch() -> "Iterator[None]":
+    """Let torch use all threads: for a prompt's large products."""
+    torch.set_num_threads(count())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)

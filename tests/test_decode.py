@@ -1,0 +1,319 @@
+"""The compiled decode step against the modules it stands in for."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+import families
+from greenroom import threads
+from greenroom.config import EngineSettings
+from greenroom.decode import describe, kv, proof
+from greenroom.engine import Engine
+from greenroom.kernels import native
+from greenroom.packed import PackedModel
+from test_families import case_of, distance
+
+pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension is not built")
+
+NAMED = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3"]
+"""What must be on the fast path; the others are there because they prove right."""
+OTHERS = ["aria_text", "dots1", "exaone_moe", "glm4_moe", "glm4_moe_lite", "granitemoe", "mistral4", "solar_open"]
+TOLERANCE = 5e-3
+"""largest |difference| / largest |logit|: float16 keys and values, over random weights that exaggerate"""
+CONTROL = 2e-2
+PROMPT = torch.randint(families.FIRST_ID, families.LAST_ID, (1, 9), generator=torch.Generator().manual_seed(3))
+FORCED = torch.randint(families.FIRST_ID, families.LAST_ID, (14,), generator=torch.Generator().manual_seed(4)).tolist()
+
+
+@contextlib.contextmanager
+def running(packed: PackedModel, **settings: Any) -> "Iterator[Engine]":
+    engine = Engine(packed, EngineSettings(**{"experts_per_layer": 2, "validate": True, "context": 64, **settings}))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@torch.no_grad()
+def decoded(model: Any, prompt: torch.Tensor = PROMPT) -> torch.Tensor:
+    """Logits of the forced tokens after the prompt, [tokens, vocab]."""
+    out = model(prompt, past_key_values=DynamicCache(config=model.config), use_cache=True)
+    found = []
+    for token in FORCED:
+        out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+        found.append(out.logits[0, -1])
+    return torch.stack(found)
+
+
+def by_modules(engine: Engine) -> torch.Tensor:
+    engine.decode.enabled = False
+    found = decoded(engine.model)
+    engine.decode.enabled = True
+    return found
+
+
+# --- families
+
+
+@pytest.mark.parametrize("name", NAMED + OTHERS)
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_family_decodes_like_its_modules(name: str, bits: int) -> None:
+    with running(case_of(name).pack(bits)) as engine:
+        want = by_modules(engine)
+        assert engine.decode.steps == 0
+        got = decoded(engine.model)
+        assert engine.decode.reason == "" and engine.decode.steps == len(FORCED)
+        assert distance(got, want) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", sorted(set(families.FAMILIES) - set(NAMED + OTHERS)))
+def test_other_families_run_as_before(name: str) -> None:
+    """Most are not on the fast path, and none comes to harm."""
+    family = families.FAMILIES[name]
+    if not family.generates:
+        pytest.skip("it does not generate")
+    with running(case_of(name).pack(16)) as engine:
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(PROMPT)}
+        engine.decode.enabled = False
+        want = engine.model.generate(PROMPT, **options)
+        engine.decode.enabled = True
+        assert torch.equal(engine.model.generate(PROMPT, **options), want)
+
+
+def test_windows_hide_what_the_masks_hide() -> None:
+    """gpt-oss attends to 5 positions in every other layer; so does a cache that was not told about windows."""
+    with running(case_of("gpt_oss").pack(16)) as engine:
+        assert set(describe.describe(engine.model.base_model).windows) == {None, 5}
+        want = by_modules(engine)
+        plain = engine.model(PROMPT, past_key_values=DynamicCache(), use_cache=True)
+        for token in FORCED:
+            with torch.no_grad():
+                plain = engine.model(torch.tensor([[token]]), past_key_values=plain.past_key_values, use_cache=True)
+        assert distance(plain.logits[0, -1], want[-1]) < TOLERANCE
+
+
+# --- the proof
+
+
+CHANGES: "dict[str, Callable[[Any], None]]" = {
+    "scale": lambda layer: _change(layer, "attention", scale=0.7),
+    "rotation": lambda layer: _change(layer, "attention", rotation=native.extension().Rotation.pairs),
+    "rotary_dim": lambda layer: _change(layer, "attention", rotary_dim=8),
+    "clip": lambda layer: _change(layer, "attention", clip=0.1),
+    "normalize": lambda layer: _change(layer, "router", normalize=False),
+    "scores": lambda layer: _change(layer, "router", scores=native.extension().Router.Scores.sigmoid),
+    "top_k": lambda layer: _change(layer, "router", top_k=1),
+}
+
+
+def _change(layer: Any, part: str, **values: Any) -> None:
+    """Members are copies: change one and put it back."""
+    whole = getattr(layer, part)
+    for name, value in values.items():
+        setattr(whole, name, value)
+    setattr(layer, part, whole)
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_the_proof_refuses_another_computation(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = describe.describe
+
+    def changed(base: Any) -> Any:
+        parts = real(base)
+        CHANGES[change](parts.described[1])
+        return parts
+
+    monkeypatch.setattr("greenroom.decode.step.describe", changed)
+    with running(case_of("mixtral").pack(16)) as engine:
+        want = by_modules(engine)
+        assert torch.equal(decoded(engine.model), want), "the modules did not serve"
+        assert "layer 1" in engine.decode.reason and engine.decode.steps == 0
+        monkeypatch.setattr(proof, "disagreement", lambda *_: "")
+        engine.decode.forget()
+        assert distance(decoded(engine.model), want) > CONTROL, "without the proof it would not have shown"
+
+
+def test_a_decoder_that_raises_is_left_to_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(base: Any) -> Any:
+        raise AttributeError("no such thing")
+
+    with running(case_of("mixtral").pack(16)) as engine:
+        want = by_modules(engine)
+        monkeypatch.setattr("greenroom.decode.step.describe", broken)
+        assert torch.equal(decoded(engine.model), want)
+        assert engine.decode.reason == "AttributeError: no such thing"
+
+
+# --- what is not a plain token goes through the modules
+
+
+@pytest.fixture
+def mixtral() -> "Iterator[Engine]":
+    with running(case_of("mixtral").pack(16)) as engine:
+        yield engine
+
+
+def steps_of(engine: Engine, **options: Any) -> int:
+    """Fast tokens of a short generation."""
+    before = engine.decode.steps
+    engine.model.generate(PROMPT, **{"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options})
+    return engine.decode.steps - before
+
+
+def test_which_generations_are_fast(mixtral: Engine) -> None:
+    padded = torch.ones_like(PROMPT)
+    padded[0, :2] = 0
+    assert steps_of(mixtral) == 5
+    assert steps_of(mixtral, do_sample=True) == 5
+    assert steps_of(mixtral, attention_mask=padded) == 0
+    assert steps_of(mixtral, num_beams=2) == 0
+    assert steps_of(mixtral, use_cache=False) == 0
+    assert steps_of(mixtral, output_hidden_states=True, return_dict_in_generate=True) == 0
+    assert steps_of(mixtral, cache_implementation="static") == 0
+    mixtral.decode.enabled = False
+    assert steps_of(mixtral) == 0
+
+
+def test_hooks_see_every_token(mixtral: Engine) -> None:
+    seen = []
+    hook = mixtral.model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    assert steps_of(mixtral) == 0 and len(seen) == 6
+    hook.remove()
+    assert steps_of(mixtral) == 5
+
+
+def test_gradients_are_not_lost(mixtral: Engine) -> None:
+    before = mixtral.decode.steps
+    past = mixtral.model(PROMPT, use_cache=True).past_key_values
+    with torch.enable_grad():
+        mixtral.model(torch.tensor([[5]]), past_key_values=past, use_cache=True)
+    assert mixtral.decode.steps == before
+
+
+# --- the cache stays transformers' cache
+
+
+def test_a_cache_can_be_cropped_and_continued(mixtral: Engine) -> None:
+    model = mixtral.model
+    with torch.no_grad():
+        past = model(PROMPT, use_cache=True).past_key_values
+        first = [model(torch.tensor([[token]]), past_key_values=past).logits for token in FORCED[:6]]
+        assert past.get_seq_length() == PROMPT.shape[1] + 6
+        past.crop(-4)
+        assert past.get_seq_length() == PROMPT.shape[1] + 2
+        again = [model(torch.tensor([[token]]), past_key_values=past).logits for token in FORCED[2:6]]
+        assert all(torch.equal(one, other) for one, other in zip(first[2:], again, strict=True))
+        past.crop(-1)
+        wrong = model(torch.tensor([[FORCED[3]]]), past_key_values=past).logits
+        assert distance(wrong, first[5]) > CONTROL, "another token would not have shown"
+
+
+def test_chunks_and_tokens_alternate(mixtral: Engine) -> None:
+    """A second question of a chat: a chunk after fast tokens, and fast tokens after it."""
+    model = mixtral.model
+    with torch.no_grad():
+        past = model(PROMPT, use_cache=True).past_key_values
+        for token in FORCED[:5]:
+            model(torch.tensor([[token]]), past_key_values=past)
+        chunk = model(torch.tensor([FORCED[5:9]]), past_key_values=past).logits
+        last = model(torch.tensor([[FORCED[9]]]), past_key_values=past).logits
+        whole = model(torch.cat((PROMPT, torch.tensor([FORCED[:10]])), dim=1)).logits
+    assert distance(chunk[0], whole[0, -5:-1]) < TOLERANCE
+    assert distance(last[0, -1], whole[0, -1]) < TOLERANCE
+
+
+def test_assisted_generation_crops_what_was_refused(mixtral: Engine) -> None:
+    options = {"max_new_tokens": 16, "do_sample": False}
+    want = mixtral.model.generate(PROMPT, **options)
+    assert torch.equal(mixtral.model.generate(PROMPT, prompt_lookup_num_tokens=3, **options), want)
+
+
+@given(
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([8, 24]),
+    length=st.integers(1, 600),
+    more=st.integers(0, 300),
+    window=st.one_of(st.none(), st.integers(2, 40)),
+    seed=st.integers(0, 1000),
+)
+def test_half_kv_holds_what_it_was_given(
+    heads: int, dim: int, length: int, more: int, window: "int | None", seed: int
+) -> None:
+    keys, values = torch.randn(2, heads, length, dim, generator=torch.Generator().manual_seed(seed)) * 100
+    half = kv.HalfKV(keys, values, window, forget=window is not None)
+    for _ in range(more):
+        half.addresses()
+        assert half.length < half.capacity and half.first <= half.length
+        half.length += 1
+    remembered = min(length + more, window - 1) if window else length + more
+    found = half.pair()
+    assert found[0].shape == found[1].shape == (heads, remembered, dim)
+    ours = max(remembered - more, 0)
+    for one, given_ in zip(found, (keys, values), strict=True):
+        want = given_[:, length - ours :].to(torch.float16) if ours else given_[:, :0].to(torch.float16)
+        assert torch.equal(one[:, :ours], want)
+
+
+def test_large_keys_are_bounded() -> None:
+    half = kv.HalfKV(torch.full((1, 3, 8), 1e6), torch.full((1, 3, 8), -1e6), None, forget=False)
+    keys, values = half.pair()
+    assert keys.isfinite().all() and values.isfinite().all() and keys.max() == 65504
+
+
+# --- the same to the last bit
+
+
+def test_memory_threads_and_guesses_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = case_of("qwen2_moe").pack(4)
+    found = []
+    for slots, prefetch, count in ((10, 0, 1), (0, 0, 1), (1, 2, 2), (3, 1, 3)):
+        monkeypatch.setattr(threads, "_ours", count)
+        with running(packed, experts_per_layer=slots, prefetch=prefetch) as engine:
+            found.append(decoded(engine.model))
+            assert engine.decode.steps == len(FORCED)
+    assert all(torch.equal(one, found[0]) for one in found[1:])
+    assert not torch.equal(found[0], by_modules_of(packed)), "the modules' rounding is the same: nothing was compared"
+
+
+def by_modules_of(packed: PackedModel) -> torch.Tensor:
+    with running(packed) as engine:
+        return by_modules(engine)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2", "gpt_oss"])
+def test_every_instruction_set_decodes(name: str) -> None:
+    core: Any = native.extension()
+    best = core.active()
+    try:
+        for isa in core.available():
+            assert core.choose(isa)
+            with running(case_of(name).pack(16)) as engine:
+                assert distance(decoded(engine.model), by_modules(engine)) < TOLERANCE
+                assert engine.decode.reason == ""
+    finally:
+        core.choose(best)
+
+
+def test_long_contexts_cross_spans() -> None:
+    """Beyond one span of 512 positions, and at its edges."""
+    ids = torch.randint(families.FIRST_ID, families.LAST_ID, (1, 1030), generator=torch.Generator().manual_seed(5))
+    with running(case_of("deepseek_v2").pack(16), context=1100) as engine, torch.no_grad():
+        engine.model.config.max_position_embeddings = 2048
+        for length in (510, 1023):
+            out = engine.model(ids[:, :length], past_key_values=DynamicCache(config=engine.model.config), use_cache=True)
+            past = copy.deepcopy(out.past_key_values)
+            for token in ids[0, length : length + 4].tolist():
+                fast = engine.model(torch.tensor([[token]]), past_key_values=out.past_key_values).logits
+            engine.decode.enabled = False
+            for token in ids[0, length : length + 4].tolist():
+                slow = engine.model(torch.tensor([[token]]), past_key_values=past).logits
+            engine.decode.enabled = True
+            assert distance(fast, slow) < TOLERANCE
+        assert engine.decode.steps == 8
