@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-#include "exp.h"
+#include "activation.h"
 #include "matrix.h"
 
 namespace greenroom {
@@ -94,7 +94,7 @@ void attend_tile(const Span& span, int head, float* scores) {
         float* row = rows[n] + span.first;
         float highest = row[0], sum = 0.0f;
         for (int p = 1; p < positions; ++p) highest = row[p] > highest ? row[p] : highest;
-        for (int p = 0; p < positions; ++p) row[p] = exp_of_negative(row[p] - highest);
+        for (int p = 0; p < positions; ++p) row[p] = exponential(row[p] - highest);
         for (int p = 0; p < positions; ++p) sum += row[p];
         span.highest[head + n] = highest;
         span.sum[head + n] = sum;

@@ -1,6 +1,7 @@
 // AVX2 with FMA and F16C: every x86-64 server since 2013.
 #include <immintrin.h>
 
+#include "activation.h"
 #include "attention.h"
 #include "rows.h"
 
@@ -28,7 +29,16 @@ struct Avx2 {
     static __m256i widen(const std::uint8_t* p) {
         return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     }
-    static F from_bytes(const std::uint8_t* p) { return _mm256_cvtepi32_ps(widen(p)); }
+
+    // kWidth bytes, zero where not left.
+    static F from_bytes(const std::uint8_t* p, std::int64_t left) {
+        std::uint8_t some[kWidth] = {};
+        if (left < kWidth) {
+            std::memcpy(some, p, static_cast<std::size_t>(left));
+            p = some;
+        }
+        return _mm256_cvtepi32_ps(widen(p));
+    }
 
     template <bool FLOAT16>
     static F from_halves(const std::uint8_t* p) {
@@ -63,8 +73,10 @@ bool supported() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
+Kernel kernel(const Matrix& matrix) { return float_kernel<Avx2>(matrix.bits); }
+
 }  // namespace
 
-const Isa kAvx2 = {"avx2", "AVX2", supported, rows<Avx2>, attend<Avx2>, mix<Avx2>};
+const Isa kAvx2 = {"avx2", "AVX2", supported, kernel, activate, attend<Avx2>, mix<Avx2>};
 
 }  // namespace greenroom

@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
+#include <new>
 
+#include "halves.h"
 #include "pool.h"
 
 namespace greenroom {
@@ -13,85 +15,217 @@ namespace {
 
 constexpr std::int64_t kChunkNbytes = 32 << 10;    // of codes that a thread takes at a time
 constexpr std::int64_t kWorthSharing = 128 << 10;  // products; below, waking a thread takes longer
-constexpr std::int64_t kPiece = 512;               // activations that a thread takes at a time
+constexpr std::int64_t kWorthPreparing = 32 << 10; // elements, likewise
+constexpr std::int64_t kBatch = 128;               // vectors of experts whose inner results are held at a time
 
 std::int64_t align(std::int64_t count, std::int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-const Isa* best() { return available().front(); }
-
 std::atomic<const Isa*>& chosen() {
-    static std::atomic<const Isa*> isa{best()};
+    static std::atomic<const Isa*> isa{available().front()};
     return isa;
 }
 
-using Buffer = std::unique_ptr<float[]>;
-
-Buffer floats(std::int64_t count) { return Buffer(new float[static_cast<std::size_t>(count)]); }
-
-// Vectors as a RowsFunction wants them: zero past their columns. Uses the caller's own where nothing is to be padded.
-class Vectors {
+// Uninitialised memory, aligned for any vector.
+template <class T>
+class Buffer {
 public:
-    Vectors(std::int64_t cols) : cols_(cols), stride_(align(cols, kBlock)) {}
-
-    std::int64_t stride() const { return stride_; }
-    bool padded() const { return stride_ != cols_; }
-    void pad(const float* from, float* to) const {
-        std::memcpy(to, from, static_cast<std::size_t>(cols_) * sizeof(float));
-        clear_tail(to);
-    }
-    void clear_tail(float* vector) const { std::fill(vector + cols_, vector + stride_, 0.0f); }
+    explicit Buffer(std::int64_t count)
+        : memory_(static_cast<T*>(::operator new(static_cast<std::size_t>(count) * sizeof(T), kAlignment))) {}
+    T* get() const { return memory_.get(); }
 
 private:
-    std::int64_t cols_, stride_;
+    static constexpr std::align_val_t kAlignment{64};
+    struct Free {
+        void operator()(T* memory) const { ::operator delete(memory, kAlignment); }
+    };
+    std::unique_ptr<T, Free> memory_;
 };
 
-// One matrix and the vectors it multiplies.
+// A matrix, up to kMaxVectors prepared vectors to multiply with it, and where the results go.
 struct Product {
     Matrix matrix;
+    RowsFunction rows;
     int count;
-    const float* x[kMaxVectors];
+    const std::uint8_t* x[kMaxVectors];
     float* y[kMaxVectors];
+    const float* bias;          // either of these, or none
+    const std::uint8_t* halves;
+    bool is_float16;
+
+    void add_bias(std::int64_t first, std::int64_t last) const {
+        for (std::int64_t row = first; row < last && (bias || halves); ++row) {
+            const float value = bias ? bias[row] : is_float16 ? float16_at(halves + 2 * row) : bfloat16_at(halves + 2 * row);
+            for (int v = 0; v < count; ++v) y[v][row] += value;
+        }
+    }
 };
 
-void multiply(const std::vector<Product>& products, int threads) {
-    if (products.empty()) return;
-    const Matrix& shape = products[0].matrix;  // all are of one shape
-    const RowsFunction rows = active().rows;
-    const std::int64_t chunk = std::clamp<std::int64_t>(kChunkNbytes / std::max<std::int64_t>(1, shape.code_row_bytes), 1,
-                                                        shape.rows);
-    const std::int64_t chunks = (shape.rows + chunk - 1) / chunk;
-    std::int64_t vectors = 0;
-    for (const Product& product : products) vectors += product.count;
-    if (vectors * shape.rows * shape.cols < kWorthSharing) threads = 1;
-
-    const std::int64_t need = scratch_floats(shape);
-    const auto body = [&](std::int64_t item) {
-        constexpr std::int64_t kOnStack = 4096;
-        alignas(64) float stack[kOnStack];
-        Buffer heap;
-        if (need > kOnStack) heap = floats(need);
-        const Product& product = products[static_cast<std::size_t>(item / chunks)];
-        const std::int64_t first = item % chunks * chunk;
-        rows(product.matrix, first, std::min(first + chunk, shape.rows), product.x, product.count, product.y,
-             heap ? heap.get() : stack);
-    };
-    parallel_for(chunks * static_cast<std::int64_t>(products.size()), threads, body);
+void multiply(const Product& product, std::int64_t first, std::int64_t last) {
+    constexpr std::int64_t kOnStack = 16384;
+    alignas(64) float stack[kOnStack];
+    const std::int64_t need = scratch_floats(product.matrix);
+    if (need <= kOnStack) {
+        product.rows(product.matrix, first, last, product.x, product.count, product.y, stack);
+    } else {
+        const Buffer<float> heap(need);
+        product.rows(product.matrix, first, last, product.x, product.count, product.y, heap.get());
+    }
+    product.add_bias(first, last);
 }
 
-float silu(float x) { return x / (1.0f + std::exp(-x)); }
-
-// hidden [vectors, rows] → inner [vectors, stride]
-void activate(const float* hidden, float* inner, std::int64_t vectors, std::int64_t rows, const ExpertLayout& layout,
-              int threads) {
-    const std::int64_t width = layout.second.cols, stride = align(width, kBlock), pieces = (width + kPiece - 1) / kPiece;
-    const auto body = [&](std::int64_t item) {
-        const std::int64_t vector = item / pieces, start = item % pieces * kPiece, end = std::min(start + kPiece, width);
-        const float *gate = hidden + vector * rows, *up = gate + width;
-        float* to = inner + vector * stride;
-        for (std::int64_t i = start; i < end; ++i) to[i] = layout.gated ? silu(gate[i]) * up[i] : silu(gate[i]);
-        if (end == width) std::fill(to + width, to + stride, 0.0f);
+// Cuts the products into spans of rows, of which a thread takes one at a time: body(product, first, last). Where a
+// product's rows come in `parts` equal parts, last counts within one.
+template <class Body>
+void share(const std::vector<Product>& products, std::int64_t parts, int threads, const Body& body) {
+    struct Span {
+        const Product* product;
+        std::int64_t first, last;
     };
-    parallel_for(vectors * pieces, vectors * width < kPiece ? 1 : threads, body);
+    std::vector<Span> spans;
+    std::int64_t work = 0;
+    for (const Product& product : products) {
+        const Matrix& matrix = product.matrix;
+        const std::int64_t rows = matrix.rows / parts, nbytes = std::max<std::int64_t>(1, matrix.code_row_bytes * parts);
+        const std::int64_t step = align(std::max<std::int64_t>(1, kChunkNbytes / nbytes), 4);  // tiles have 4 rows
+        for (std::int64_t row = 0; row < rows; row += step) spans.push_back({&product, row, std::min(row + step, rows)});
+        work += product.count * matrix.rows * matrix.cols;
+    }
+    parallel_for(static_cast<std::int64_t>(spans.size()), work < kWorthSharing ? 1 : threads, [&](std::int64_t item) {
+        const Span& span = spans[static_cast<std::size_t>(item)];
+        body(*span.product, span.first, span.last);
+    });
+}
+
+// Vectors as a kernel wants to read them.
+class PreparedVectors {
+public:
+    PreparedVectors(const Matrix& matrix, std::int64_t count)
+        : matrix_(matrix), kernel_(active().kernel(matrix)), stride_(kernel_.prepared_nbytes(matrix)), bytes_(count * stride_) {}
+
+    RowsFunction rows() const { return kernel_.rows; }
+    const std::uint8_t* operator[](std::int64_t number) const { return bytes_.get() + number * stride_; }
+
+    // Vector i is at source(i).
+    template <class Source>
+    void fill(std::int64_t count, int threads, const Source& source) {
+        parallel_for(count, count * matrix_.cols < kWorthPreparing ? 1 : threads, [&](std::int64_t number) {
+            kernel_.prepare(matrix_, source(number), bytes_.get() + number * stride_);
+        });
+    }
+
+private:
+    const Matrix matrix_;
+    const Kernel kernel_;
+    const std::int64_t stride_;
+    const Buffer<std::uint8_t> bytes_;
+};
+
+// Adds a linear to products, over the vectors prepared for its format.
+void add_products(std::vector<Product>& products, const Linear& linear, const PreparedVectors& x, int count) {
+    for (int start = 0; start < count; start += kMaxVectors) {
+        Product product{linear.shape.at(linear.packed), x.rows(), std::min(count - start, kMaxVectors), {}, {}, linear.bias, nullptr, false};
+        for (int v = 0; v < product.count; ++v) {
+            product.x[v] = x[start + v];
+            product.y[v] = linear.out + (start + v) * linear.shape.rows;
+        }
+        products.push_back(product);
+    }
+}
+
+bool same_format(const Shape& a, const Shape& b) { return a.bits == b.bits && a.group_size == b.group_size; }
+
+// Up to kMaxVectors of a task's rows.
+struct Part {
+    const Task* task;
+    int start, count;
+};
+
+std::vector<Part> parts_of(const std::vector<Task>& tasks) {
+    std::vector<Part> parts;
+    for (const Task& task : tasks)
+        for (int start = 0; start < task.count; start += kMaxVectors)
+            parts.push_back({&task, start, std::min(task.count - start, kMaxVectors)});
+    return parts;
+}
+
+// The rows of x that tasks ask for, each once.
+class Rows {
+public:
+    explicit Rows(const std::vector<Task>& tasks) {
+        std::int64_t most = 0;
+        for (const Task& task : tasks)
+            for (int v = 0; v < task.count; ++v) most = std::max(most, task.rows[v] + 1);
+        place_.assign(static_cast<std::size_t>(most), -1);
+        for (const Task& task : tasks)
+            for (int v = 0; v < task.count; ++v) {
+                std::int64_t& place = place_[static_cast<std::size_t>(task.rows[v])];
+                if (place >= 0) continue;
+                place = static_cast<std::int64_t>(rows_.size());
+                rows_.push_back(task.rows[v]);
+            }
+    }
+    std::int64_t count() const { return static_cast<std::int64_t>(rows_.size()); }
+    std::int64_t operator[](std::int64_t place) const { return rows_[static_cast<std::size_t>(place)]; }
+    std::int64_t place(std::int64_t row) const { return place_[static_cast<std::size_t>(row)]; }
+
+private:
+    std::vector<std::int64_t> rows_, place_;
+};
+
+// The first products of some parts, and their gates: hidden [vectors, first.rows] → inner [vectors, second.cols].
+void first_half(const std::vector<Product>& products, const ExpertLayout& layout, float* inner, int threads) {
+    const Gate& gate = layout.gate;
+    const std::int64_t width = layout.second.cols, wide = layout.first.rows;
+    const float* hidden = products.empty() ? nullptr : products[0].y[0];
+    share(products, wide / width, threads, [&](const Product& product, std::int64_t first, std::int64_t last) {
+        switch (gate.order) {
+            case Order::alone: multiply(product, first, last); break;
+            case Order::turns: multiply(product, 2 * first, 2 * last); break;
+            case Order::halves:
+                multiply(product, first, last);
+                multiply(product, width + first, width + last);
+        }
+        for (int v = 0; v < product.count; ++v) {
+            const std::int64_t step = gate.order == Order::turns ? 2 : 1;
+            const float* from = product.y[v] + step * first;
+            const float* up = gate.order == Order::alone ? nullptr : gate.order == Order::turns ? from + 1 : from + width;
+            active().activate(gate, from, up, step, inner + (product.y[v] - hidden) / wide * width + first, last - first);
+        }
+    });
+}
+
+// A batch of experts' parts, over the rows of x as prepared.
+void compute(const Part* parts, std::size_t count, const Rows& rows, const PreparedVectors& outer,
+             const ExpertLayout& layout, int threads) {
+    std::int64_t vectors = 0;
+    for (std::size_t p = 0; p < count; ++p) vectors += parts[p].count;
+    const Buffer<float> hidden(vectors * layout.first.rows), inner(vectors * layout.second.cols);
+    PreparedVectors between(layout.second.at(parts[0].task->record + layout.second_offset), vectors);
+
+    std::vector<Product> firsts(count), seconds(count);
+    std::int64_t vector = 0;
+    for (std::size_t p = 0; p < count; ++p) {
+        const Task& task = *parts[p].task;
+        Product &first = firsts[p], &second = seconds[p];
+        first.matrix = layout.first.at(task.record + layout.first_offset);
+        second.matrix = layout.second.at(task.record + layout.second_offset);
+        first.rows = outer.rows();
+        second.rows = between.rows();
+        first.bias = second.bias = nullptr;
+        first.halves = layout.first_bias < 0 ? nullptr : task.record + layout.first_bias;
+        second.halves = layout.second_bias < 0 ? nullptr : task.record + layout.second_bias;
+        first.is_float16 = second.is_float16 = layout.bias_is_float16;
+        first.count = second.count = parts[p].count;
+        for (int v = 0; v < first.count; ++v, ++vector) {
+            first.x[v] = outer[rows.place(task.rows[parts[p].start + v])];
+            first.y[v] = hidden.get() + vector * layout.first.rows;
+            second.x[v] = between[vector];
+            second.y[v] = task.out + (parts[p].start + v) * layout.second.rows;
+        }
+    }
+    first_half(firsts, layout, inner.get(), threads);
+    between.fill(vectors, threads, [&](std::int64_t v) { return inner.get() + v * layout.second.cols; });
+    share(seconds, 1, threads, multiply);
 }
 
 }  // namespace
@@ -108,6 +242,7 @@ Matrix Shape::at(const std::uint8_t* packed) const {
     const std::int64_t padded = align(cols, std::max<std::int64_t>(kBlock, group_size));
     matrix.groups = padded / group_size;
     matrix.code_row_bytes = padded * bits / 8;
+    if (packed == nullptr) return matrix;
     matrix.scale_codes = packed + align(rows * matrix.code_row_bytes, 64);
     matrix.zero_codes = matrix.scale_codes + align(rows * matrix.groups, 64);
     matrix.row_params = matrix.zero_codes + align(rows * matrix.groups, 64);
@@ -117,7 +252,7 @@ Matrix Shape::at(const std::uint8_t* packed) const {
 std::vector<const Isa*> available() {
     std::vector<const Isa*> found;
 #ifdef GREENROOM_X86
-    if (kAvx512.supported()) found.push_back(&kAvx512);
+    if (kAvx512Vnni.supported()) found.push_back(&kAvx512Vnni);
     if (kAvx2.supported()) found.push_back(&kAvx2);
 #endif
     found.push_back(&kPortable);
@@ -135,61 +270,43 @@ bool choose(const char* name) {
     return false;
 }
 
-void linear(const float* x, int count, const std::uint8_t* packed, const Shape& shape, const float* bias, float* out,
-            int threads) {
-    const Vectors vectors(shape.cols);
-    Buffer buffer;
-    if (vectors.padded()) buffer = floats(count * vectors.stride());
-    std::vector<Product> products(1);
-    products[0].matrix = shape.at(packed);
-    products[0].count = count;
-    for (int v = 0; v < count; ++v) {
-        products[0].x[v] = x + v * shape.cols;
-        if (vectors.padded()) {
-            vectors.pad(products[0].x[v], buffer.get() + v * vectors.stride());
-            products[0].x[v] = buffer.get() + v * vectors.stride();
+void linears(const float* x, int count, const Linear* list, int n, int threads) {
+    std::vector<std::unique_ptr<PreparedVectors>> prepared;  // for each format once
+    std::vector<const Shape*> formats;
+    std::vector<Product> products;
+    for (int i = 0; i < n; ++i) {
+        const Shape& shape = list[i].shape;
+        std::size_t found = 0;
+        while (found < formats.size() && !same_format(*formats[found], shape)) ++found;
+        if (found == formats.size()) {
+            formats.push_back(&shape);
+            prepared.push_back(std::make_unique<PreparedVectors>(shape.at(list[i].packed), count));
+            prepared[found]->fill(count, threads, [&](std::int64_t v) { return x + v * shape.cols; });
         }
-        products[0].y[v] = out + v * shape.rows;
+        add_products(products, list[i], *prepared[found], count);
     }
-    multiply(products, threads);
-    if (bias != nullptr)
-        for (int v = 0; v < count; ++v)
-            for (std::int64_t row = 0; row < shape.rows; ++row) out[v * shape.rows + row] += bias[row];
+    share(products, 1, threads, multiply);
 }
 
-void linears(const float* x, int count, const Linear* list, int n, int threads) {
-    for (int i = 0; i < n; ++i) linear(x, count, list[i].packed, list[i].shape, list[i].bias, list[i].out, threads);
+void linear(const float* x, int count, const std::uint8_t* packed, const Shape& shape, const float* bias, float* out,
+            int threads) {
+    const Linear one{packed, shape, bias, out};
+    linears(x, count, &one, 1, threads);
 }
 
 void experts(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, int threads) {
-    const Vectors outer(layout.first.cols), inner(layout.second.cols);
-    std::int64_t total = 0;
-    for (const Task& task : tasks) total += task.count;
-    Buffer padded, hidden = floats(total * layout.first.rows), gated = floats(total * inner.stride());
-    if (outer.padded()) padded = floats(total * outer.stride());
-
-    std::vector<Product> firsts(tasks.size()), seconds(tasks.size());
-    std::int64_t vector = 0;
-    for (std::size_t t = 0; t < tasks.size(); ++t) {
-        const Task& task = tasks[t];
-        Product &first = firsts[t], &second = seconds[t];
-        first.matrix = layout.first.at(task.record + layout.first_offset);
-        second.matrix = layout.second.at(task.record + layout.second_offset);
-        first.count = second.count = task.count;
-        for (int v = 0; v < task.count; ++v, ++vector) {
-            first.x[v] = x + task.rows[v] * layout.first.cols;
-            if (outer.padded()) {
-                outer.pad(first.x[v], padded.get() + vector * outer.stride());
-                first.x[v] = padded.get() + vector * outer.stride();
-            }
-            first.y[v] = hidden.get() + vector * layout.first.rows;
-            second.x[v] = gated.get() + vector * inner.stride();
-            second.y[v] = task.out + v * layout.second.rows;
-        }
+    const std::vector<Part> parts = parts_of(tasks);
+    if (parts.empty()) return;
+    const Rows rows(tasks);
+    PreparedVectors outer(layout.first.at(tasks[0].record + layout.first_offset), rows.count());
+    outer.fill(rows.count(), threads, [&](std::int64_t place) { return x + rows[place] * layout.first.cols; });
+    for (std::size_t start = 0; start < parts.size();) {
+        std::size_t end = start;
+        for (std::int64_t vectors = 0; end < parts.size() && (end == start || vectors + parts[end].count <= kBatch); ++end)
+            vectors += parts[end].count;
+        compute(parts.data() + start, end - start, rows, outer, layout, threads);
+        start = end;
     }
-    multiply(firsts, threads);
-    activate(hidden.get(), gated.get(), total, layout.first.rows, layout, threads);
-    multiply(seconds, threads);
 }
 
 }  // namespace greenroom

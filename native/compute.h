@@ -1,4 +1,5 @@
-// Products and experts over packed matrices, shared out to threads. Bit for bit the same for any number of threads.
+// Products and experts over packed matrices, shared out to threads. Bit for bit the same for any number of threads, and
+// for a vector alone and among others.
 #pragma once
 
 #include <cstdint>
@@ -15,20 +16,29 @@ struct Shape {
     bool is_float16;
 
     std::int64_t nbytes() const;
-    Matrix at(const std::uint8_t* packed) const;
+    Matrix at(const std::uint8_t* packed) const;  // null: sizes alone
 };
 
-// One of an experts' record: where its two matrices lie, and what happens in between.
+struct Linear {
+    const std::uint8_t* packed;
+    Shape shape;
+    const float* bias;  // [rows], or null
+    float* out;         // [count, rows]
+};
+
+// An expert's record: where its two matrices lie, and their biases, rows of 16 bits, where it has any.
 struct ExpertLayout {
     Shape first, second;
     std::int64_t first_offset, second_offset;
-    bool gated;  // first holds gate and up, one above the other: silu(gate) * up; else silu(first)
+    std::int64_t first_bias, second_bias;  // offsets, negative if there is none
+    bool bias_is_float16;
+    Gate gate;
 };
 
 struct Task {
     const std::uint8_t* record;
     const std::int64_t* rows;  // of x
-    int count;                 // of rows, at most kMaxVectors
+    int count;                 // of rows
     float* out;                // [count, second.rows]
 };
 
@@ -37,22 +47,14 @@ std::vector<const Isa*> available();
 const Isa& active();
 bool choose(const char* name);
 
-// out [count, shape.rows] = x [count, shape.cols] times the transposed matrix, plus bias [shape.rows] unless null.
+// Each linear's out = x [count, cols] times its transposed matrix, plus its bias. All have x's columns.
+void linears(const float* x, int count, const Linear* list, int n, int threads);
+
+// The same for one.
 void linear(const float* x, int count, const std::uint8_t* packed, const Shape& shape, const float* bias, float* out,
             int threads);
 
-// A packed matrix that multiplies: out [count, shape.rows].
-struct Linear {
-    const std::uint8_t* packed;
-    Shape shape;
-    const float* bias;
-    float* out;
-};
-
-// Several matrices times the same x.
-void linears(const float* x, int count, const Linear* list, int n, int threads);
-
-// Each task's out = second . silu-gate(first . x[rows]). x is [_, first.cols].
+// Each task's out = second . gate(first . x[rows] + bias) + bias. x is [_, first.cols].
 void experts(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, int threads);
 
 }  // namespace greenroom

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "exp.h"
 #include "pool.h"
 
 namespace greenroom {
@@ -147,6 +146,8 @@ float* sized(std::vector<float>& buffer, std::int64_t count) {
     return buffer.data();
 }
 
+float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
 void softmax(float* x, std::int64_t count) {
     const float highest = *std::max_element(x, x + count);
     float sum = 0.0f;
@@ -279,7 +280,7 @@ void Decoder::mlp(const Mlp& it, float* out, int threads) {
     const Linear projections[] = {{it.gate.packed, it.gate.shape, it.gate.bias, gate},
                                   {it.up.packed, it.up.shape, it.up.bias, up}};
     linears(normed_, 1, projections, 2, threads);
-    for (std::int64_t i = 0; i < inner; ++i) gate[i] = silu(gate[i]) * up[i];
+    active().activate({Function::silu, Order::halves, 1.0f, INFINITY, 0.0f}, gate, up, 1, gate, inner);
     multiply(it.down, gate, out, threads);
     if (!it.scale) return;
     float logit;

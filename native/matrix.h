@@ -16,14 +16,32 @@ struct Matrix {
     bool is_float16;  // at 16 bits: float16, else bfloat16
 };
 
-constexpr std::int64_t kBlock = 64;      // columns that are unpacked together
-constexpr int kMaxVectors = 32;          // vectors that one call may multiply with a matrix
+constexpr std::int64_t kBlock = 64;  // columns whose codes lie together
+constexpr int kMaxVectors = 32;      // vectors that a RowsFunction multiplies at a time
 
-// y[v][r] = row r . x[v] for rows first <= r < last and vectors 0 <= v < count. Every x[v] is readable, and zero past
-// the matrix's columns, up to a multiple of kBlock. scratch holds scratch_floats(matrix).
+// What stands between the two products of an expert. The first makes rows g, or g and as many u, all of g first or in
+// turns. alpha, limit and plus are 1, infinite and 0 where a family has nothing of the kind.
+enum class Function { silu, gelu, gelu_tanh, relu, relu2 };
+enum class Order { alone, halves, turns };
+struct Gate {
+    Function function;  // silu(x) = x / (1 + exp(-alpha x))
+    Order order;
+    float alpha, limit, plus;  // function(min(g, limit)) * (clamp(u, -limit, limit) + plus)
+};
+
+// Vectors come prepared: as an instruction set wants to read them, for matrices of one bit width, group size and
+// number of columns. The functions below read no more of a Matrix than that, except for RowsFunction.
+using PreparedSize = std::int64_t (*)(const Matrix& matrix);  // bytes, a multiple of 64
+using Prepare = void (*)(const Matrix& matrix, const float* x, std::uint8_t* prepared);
+
+// y[v][r] = row r . x[v] for rows first <= r < last and vectors 0 <= v < count. scratch holds scratch_floats(matrix).
 // A row's result depends on its bytes and on x[v] alone: the order of its sum is the same for every count.
-using RowsFunction = void (*)(const Matrix& matrix, std::int64_t first, std::int64_t last, const float* const* x,
-                              int count, float* const* y, float* scratch);
+using RowsFunction = void (*)(const Matrix& matrix, std::int64_t first, std::int64_t last,
+                              const std::uint8_t* const* x, int count, float* const* y, float* scratch);
+
+// to[i] = the gate's value for first[step * i], and up[step * i] unless that is null.
+using Activate = void (*)(const Gate& gate, const float* first, const float* up, std::int64_t step, float* to,
+                          std::int64_t count);
 
 // Cached keys and values of one key-value head, and the query heads that read them: positions first <= p < last of a
 // span that starts at a block. keys: float16 [blocks, key_dim, kPositions], readable up to the end of the last block;
@@ -39,24 +57,37 @@ struct Span {
     int first, last;
     float *out, *highest, *sum;
 };
+using Attend = void (*)(const Span& span);
+
+// out [value_dim] = sum of weights[p] * values[p]; values: float16 [positions, value_dim]
+using Mix = void (*)(const std::uint8_t* values, int value_dim, const float* weights, int positions, float* out);
+
+struct Kernel {
+    PreparedSize prepared_nbytes;
+    Prepare prepare;
+    RowsFunction rows;
+    bool for_many;  // worth taking for more than kMaxVectors vectors too, rather than unpacking the matrix once
+};
 
 struct Isa {
     const char* name;
     const char* title;
     bool (*supported)();
-    RowsFunction rows;
-    void (*attend)(const Span& span);
-    // out [value_dim] = sum of weights[p] * values[p]; values: float16 [positions, value_dim]
-    void (*mix)(const std::uint8_t* values, int value_dim, const float* weights, int positions, float* out);
+    Kernel (*kernel)(const Matrix& matrix);  // for its bit width and group size
+    Activate activate;
+    Attend attend;
+    Mix mix;
 };
 
 extern const Isa kPortable;
 #ifdef GREENROOM_X86
 extern const Isa kAvx2;
-extern const Isa kAvx512;
+extern const Isa kAvx512Vnni;
 #endif
 
-inline std::int64_t padded_groups(const Matrix& matrix) { return (matrix.groups + 15) / 16 * 16; }
-inline std::int64_t scratch_floats(const Matrix& matrix) { return 2 * padded_groups(matrix); }
+constexpr std::int64_t kRowsAtOnce = 8;  // that a RowsFunction may decode the groups of
+
+inline std::int64_t padded_groups(const Matrix& matrix) { return (matrix.groups + 15) / 16 * 16 + 16; }
+inline std::int64_t scratch_floats(const Matrix& matrix) { return 2 * kRowsAtOnce * padded_groups(matrix); }
 
 }  // namespace greenroom

@@ -2,8 +2,11 @@
 // greenroom.kernels.native has checked their types and places. Sizes and row numbers are checked here.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -33,13 +36,19 @@ Shape shape_of(std::int64_t rows, std::int64_t cols, int bits, int group_size, b
     return {rows, cols, bits, group_size, is_float16};
 }
 
-void linear_at(std::uintptr_t x, int count, std::uintptr_t packed, std::int64_t packed_nbytes, const Shape& shape,
-               std::uintptr_t bias, std::uintptr_t out, int threads) {
-    check(count >= 0 && count <= kMaxVectors, "too many vectors");
-    check(packed_nbytes == shape.nbytes(), "the packed matrix has another size");
+// linears: each one's packed bytes, their number, shape, bias (or 0) and place for the result.
+using LinearAt = std::tuple<std::uintptr_t, std::int64_t, const Shape*, std::uintptr_t, std::uintptr_t>;
+
+void linears_at(std::uintptr_t x, int count, const std::vector<LinearAt>& list, int threads) {
+    check(count >= 0, "a count is not negative");
+    std::vector<Linear> found;
+    for (const auto& [packed, nbytes, shape, bias, out] : list) {
+        check(nbytes == shape->nbytes(), "the packed matrix has another size");
+        check(shape->cols == std::get<2>(list[0])->cols, "matrices of one call have the same columns");
+        found.push_back({pointer<const std::uint8_t>(packed), *shape, pointer<const float>(bias), pointer<float>(out)});
+    }
     nb::gil_scoped_release release;
-    linear(pointer<const float>(x), count, pointer<const std::uint8_t>(packed), shape, pointer<const float>(bias),
-           pointer<float>(out), threads);
+    linears(pointer<const float>(x), count, found.data(), static_cast<int>(found.size()), threads);
 }
 
 // Tasks are lists side by side: each expert's record, its rows (int64) and how many; outputs lie one after another.
@@ -48,12 +57,14 @@ void experts_at(std::uintptr_t x, std::int64_t x_rows, const std::vector<std::ui
                 const ExpertLayout& layout, std::uintptr_t out, int threads) {
     check(records.size() == rows.size() && records.size() == counts.size(), "lists of different lengths");
     check(layout.first_offset + layout.first.nbytes() <= record_nbytes &&
-              layout.second_offset + layout.second.nbytes() <= record_nbytes,
+              layout.second_offset + layout.second.nbytes() <= record_nbytes &&
+              layout.first_bias + 2 * layout.first.rows <= record_nbytes &&
+              layout.second_bias + 2 * layout.second.rows <= record_nbytes,
           "the matrices reach beyond the record");
     std::vector<Task> tasks(records.size());
     float* to = pointer<float>(out);
     for (std::size_t t = 0; t < tasks.size(); ++t) {
-        check(counts[t] >= 0 && counts[t] <= kMaxVectors, "too many vectors");
+        check(counts[t] >= 0, "a count is not negative");
         tasks[t] = {pointer<const std::uint8_t>(records[t]), pointer<const std::int64_t>(rows[t]), counts[t], to};
         for (int v = 0; v < counts[t]; ++v)
             check(tasks[t].rows[v] >= 0 && tasks[t].rows[v] < x_rows, "a row that x does not have");
@@ -63,11 +74,25 @@ void experts_at(std::uintptr_t x, std::int64_t x_rows, const std::vector<std::ui
     experts(pointer<const float>(x), tasks, layout, threads);
 }
 
+// Whether the compiled kernels are the faster ones for so many vectors.
+bool takes(const Shape& shape, int count) {
+    return count <= kMaxVectors || active().kernel(shape.at(nullptr)).for_many;
+}
+
+Gate gate_of(const std::string& function, const std::string& order, float alpha, float limit, float plus) {
+    const char* const functions[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2"};
+    const char* const orders[] = {"alone", "halves", "turns"};
+    const auto its = std::find(std::begin(functions), std::end(functions), function) - functions;
+    const auto how = std::find(std::begin(orders), std::end(orders), order) - orders;
+    check(its < 5 && how < 3, "not a gate");
+    return {static_cast<Function>(its), static_cast<Order>(how), alpha, limit, plus};
+}
+
 ExpertLayout layout_of(const Shape& first, std::int64_t first_offset, const Shape& second, std::int64_t second_offset,
-                       bool gated) {
-    check(first.rows == (gated ? 2 : 1) * second.cols, "the two matrices do not follow each other");
+                       std::int64_t first_bias, std::int64_t second_bias, bool bias_is_float16, const Gate& gate) {
+    check(first.rows == (gate.order == Order::alone ? 1 : 2) * second.cols, "the two matrices do not follow each other");
     check(first_offset >= 0 && second_offset >= 0, "offsets are not negative");
-    return {first, second, first_offset, second_offset, gated};
+    return {first, second, first_offset, second_offset, first_bias, second_bias, bias_is_float16, gate};
 }
 
 }  // namespace
@@ -75,13 +100,14 @@ ExpertLayout layout_of(const Shape& first, std::int64_t first_offset, const Shap
 void bind_decoder(nb::module_& module);  // decode_module.cpp
 
 NB_MODULE(_native, module) {
-    nb::class_<Shape>(module, "Shape").def_ro("rows", &Shape::rows).def_ro("cols", &Shape::cols).def_prop_ro("nbytes", &Shape::nbytes);
+    nb::class_<Shape>(module, "Shape").def("takes", &takes);
+    nb::class_<Gate>(module, "Gate");
     nb::class_<ExpertLayout>(module, "ExpertLayout");
+    module.def("gate", &gate_of);
     module.def("shape", &shape_of);
     module.def("layout", &layout_of);
-    module.def("linear", &linear_at);
+    module.def("linears", &linears_at);
     module.def("experts", &experts_at);
-    module.def("max_vectors", [] { return kMaxVectors; });
     module.def("available", [] {
         std::vector<std::string> names;
         for (const Isa* isa : available()) names.emplace_back(isa->name);

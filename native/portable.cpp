@@ -1,4 +1,5 @@
 // Any machine: four lanes that the compiler maps to what it has.
+#include "activation.h"
 #include "attention.h"
 #include "rows.h"
 
@@ -23,25 +24,10 @@ struct Portable {
     static F fma(F a, F b, F c) { return a * b + c; }
     static float reduce(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
-    static F from_bytes(const std::uint8_t* p) {
-        return F{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
-                 static_cast<float>(p[3])};
-    }
-
-    static float float16_at(const std::uint8_t* p) {
-        std::uint16_t half;
-        std::memcpy(&half, p, 2);
-        // exponent and mantissa moved up are 2^-112 of the value, subnormals included; 2^16 and above: inf and nan
-        const std::uint32_t shifted = static_cast<std::uint32_t>(half & 0x7fffu) << 13;
-        float value;
-        std::memcpy(&value, &shifted, 4);
-        value *= 0x1p112f;
-        std::uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        if (value >= 65536.0f) bits |= 0xffu << 23;
-        bits |= static_cast<std::uint32_t>(half & 0x8000u) << 16;
-        std::memcpy(&value, &bits, 4);
-        return value;
+    static F from_bytes(const std::uint8_t* p, std::int64_t left) {
+        F found = zero();
+        for (int i = 0; i < 4 && i < left; ++i) found[i] = static_cast<float>(p[i]);
+        return found;
     }
 
     template <bool FLOAT16>
@@ -67,8 +53,10 @@ struct Portable {
 
 bool supported() { return true; }
 
+Kernel kernel(const Matrix& matrix) { return float_kernel<Portable>(matrix.bits); }
+
 }  // namespace
 
-const Isa kPortable = {"portable", "portable C++", supported, rows<Portable>, attend<Portable>, mix<Portable>};
+const Isa kPortable = {"portable", "portable C++", supported, kernel, activate, attend<Portable>, mix<Portable>};
 
 }  // namespace greenroom

@@ -1,4 +1,4 @@
-// Rows of a packed matrix times vectors, over the operations V of one instruction set. Each instruction set's
+// Rows of a packed matrix times vectors in float32, over the operations V of one instruction set. Each instruction set's
 // translation unit includes this once; everything is internal to it, so that no function compiled for a newer machine
 // can stand in for one that an older machine calls. For the same reason nothing here uses the standard library.
 //
@@ -8,21 +8,13 @@
 
 #include <cstring>
 
+#include "halves.h"
 #include "matrix.h"
 
 namespace greenroom {
 namespace {
 
 constexpr int kTile = 4;
-
-inline float bfloat16_at(const std::uint8_t* bytes) {
-    std::uint16_t half;
-    std::memcpy(&half, bytes, 2);
-    const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
 
 // The four-fold sums of one vector: kept apart while a row is read, so that additions need not wait for each other.
 template <class V>
@@ -37,41 +29,39 @@ struct Sums {
 };
 
 template <class V, int N>
-inline void add_block(const typename V::F* weights, const float* const* x, std::int64_t column, Sums<V>* sums) {
+inline void add_block(const typename V::F* weights, const std::uint8_t* const* x, std::int64_t column, Sums<V>* sums) {
     constexpr int count = kBlock / V::kWidth;
     for (int v = 0; v < N; ++v)
         for (int i = 0; i < count; ++i) {
             auto& sum = sums[v].sum[i % Sums<V>::kCount];
-            sum = V::fma(weights[i], V::load(x[v] + column + i * V::kWidth), sum);
+            sum = V::fma(weights[i], V::load(reinterpret_cast<const float*>(x[v]) + column + i * V::kWidth), sum);
         }
 }
 
-// scale and -scale * zero of every group of a row. Each operation rounds on its own, as the format wants it.
+// factor * scale and -scale * zero of every group of a row, up to the last bit. factor: 16 powers of two, repeated every
+// kWidth. What is written past the last group is finite if the others are.
 template <class V>
-void decode_groups(const Matrix& matrix, std::int64_t row, float* scale, float* offset) {
+void decode_groups(const Matrix& matrix, std::int64_t row, const float* factor, float* scale, float* offset) {
     const std::uint8_t* params = matrix.row_params + row * 8;
-    const auto scale_min = V::set1(bfloat16_at(params)), scale_step = V::set1(bfloat16_at(params + 2));
-    const auto zero_min = V::set1(bfloat16_at(params + 4)), zero_step = V::set1(bfloat16_at(params + 6));
+    const auto factors = V::load(factor), inverse = V::load(factor + 16);
+    const auto scale_min = V::mul(V::set1(bfloat16_at(params)), factors);
+    const auto scale_step = V::mul(V::set1(bfloat16_at(params + 2)), factors);
+    const auto zero_min = V::mul(V::set1(-bfloat16_at(params + 4)), inverse);
+    const auto zero_step = V::mul(V::set1(-bfloat16_at(params + 6)), inverse);
     const std::uint8_t* scale_codes = matrix.scale_codes + row * matrix.groups;
     const std::uint8_t* zero_codes = matrix.zero_codes + row * matrix.groups;
     for (std::int64_t group = 0; group < matrix.groups; group += V::kWidth) {
-        std::uint8_t tail[2][V::kWidth] = {};
-        const std::uint8_t *scales = scale_codes + group, *zeros = zero_codes + group;
-        if (matrix.groups - group < V::kWidth) {
-            std::memcpy(tail[0], scales, static_cast<std::size_t>(matrix.groups - group));
-            std::memcpy(tail[1], zeros, static_cast<std::size_t>(matrix.groups - group));
-            scales = tail[0], zeros = tail[1];
-        }
-        const auto s = V::add(scale_min, V::mul(scale_step, V::from_bytes(scales)));
-        const auto z = V::add(zero_min, V::mul(zero_step, V::from_bytes(zeros)));
+        const std::int64_t left = matrix.groups - group;
+        const auto s = V::fma(scale_step, V::from_bytes(scale_codes + group, left), scale_min);
+        const auto z = V::fma(zero_step, V::from_bytes(zero_codes + group, left), zero_min);
         V::store(scale + group, s);
-        V::store(offset + group, V::sub(V::zero(), V::mul(s, z)));
+        V::store(offset + group, V::mul(s, z));
     }
 }
 
 // SUB: columns that share a scale, within a block. LOG_SPAN: blocks per group as a power of two.
 template <class V, int BITS, int SUB, int N>
-void packed_row(const Matrix& matrix, std::int64_t row, const float* const* x, float* const* y, const float* scale,
+void packed_row(const Matrix& matrix, std::int64_t row, const std::uint8_t* const* x, float* const* y, const float* scale,
                 const float* offset, int log_span) {
     constexpr int groups = kBlock / SUB;
     const std::uint8_t* codes = matrix.codes + row * matrix.code_row_bytes;
@@ -88,7 +78,7 @@ void packed_row(const Matrix& matrix, std::int64_t row, const float* const* x, f
 }
 
 template <class V, bool FLOAT16, int N>
-void plain_row(const Matrix& matrix, std::int64_t row, const float* const* x, float* const* y) {
+void plain_row(const Matrix& matrix, std::int64_t row, const std::uint8_t* const* x, float* const* y) {
     const std::uint8_t* values = matrix.codes + row * matrix.code_row_bytes;
     Sums<V> sums[N];
     for (int v = 0; v < N; ++v) sums[v].clear();
@@ -108,7 +98,7 @@ void plain_row(const Matrix& matrix, std::int64_t row, const float* const* x, fl
 }
 
 template <class V, int BITS, int N>
-void row_of(const Matrix& matrix, std::int64_t row, const float* const* x, float* const* y, const float* scale,
+void row_of(const Matrix& matrix, std::int64_t row, const std::uint8_t* const* x, float* const* y, const float* scale,
             const float* offset) {
     if constexpr (BITS == 16) {
         matrix.is_float16 ? plain_row<V, true, N>(matrix, row, x, y) : plain_row<V, false, N>(matrix, row, x, y);
@@ -122,30 +112,49 @@ void row_of(const Matrix& matrix, std::int64_t row, const float* const* x, float
     }
 }
 
+constexpr float kOnes[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                             1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+// The functions of an Isa for matrices of BITS bits; a prepared vector is the vector, with zeros up to a whole block.
 template <class V, int BITS>
-void rows_of(const Matrix& matrix, std::int64_t first, std::int64_t last, const float* const* x, int count,
-             float* const* y, float* scratch) {
-    float *scale = scratch, *offset = scratch + padded_groups(matrix);
-    for (std::int64_t row = first; row < last; ++row) {
-        if constexpr (BITS != 16) decode_groups<V>(matrix, row, scale, offset);
-        for (int v = 0; v < count; v += kTile) switch (count - v) {
-                case 1: row_of<V, BITS, 1>(matrix, row, x + v, y + v, scale, offset); break;
-                case 2: row_of<V, BITS, 2>(matrix, row, x + v, y + v, scale, offset); break;
-                case 3: row_of<V, BITS, 3>(matrix, row, x + v, y + v, scale, offset); break;
-                default: row_of<V, BITS, kTile>(matrix, row, x + v, y + v, scale, offset); break;
-            }
+struct Float {
+    static constexpr bool kForMany = false;
+
+    static std::int64_t nbytes(const Matrix& matrix) { return (matrix.cols + kBlock - 1) / kBlock * kBlock * 4; }
+
+    static void prepare(const Matrix& matrix, const float* x, std::uint8_t* prepared) {
+        std::memcpy(prepared, x, static_cast<std::size_t>(matrix.cols) * 4);
+        std::memset(prepared + matrix.cols * 4, 0, static_cast<std::size_t>(nbytes(matrix) - matrix.cols * 4));
     }
+
+    static void rows(const Matrix& matrix, std::int64_t first, std::int64_t last, const std::uint8_t* const* x,
+                     int count, float* const* y, float* scratch) {
+        float *scale = scratch, *offset = scratch + padded_groups(matrix);
+        for (std::int64_t row = first; row < last; ++row) {
+            if constexpr (BITS != 16) decode_groups<V>(matrix, row, kOnes, scale, offset);
+            for (int v = 0; v < count; v += kTile) switch (count - v) {
+                    case 1: row_of<V, BITS, 1>(matrix, row, x + v, y + v, scale, offset); break;
+                    case 2: row_of<V, BITS, 2>(matrix, row, x + v, y + v, scale, offset); break;
+                    case 3: row_of<V, BITS, 3>(matrix, row, x + v, y + v, scale, offset); break;
+                    default: row_of<V, BITS, kTile>(matrix, row, x + v, y + v, scale, offset); break;
+                }
+        }
+    }
+};
+
+template <class K>
+constexpr Kernel kernel_of() {
+    return {K::nbytes, K::prepare, K::rows, K::kForMany};
 }
 
 template <class V>
-void rows(const Matrix& matrix, std::int64_t first, std::int64_t last, const float* const* x, int count,
-          float* const* y, float* scratch) {
-    switch (matrix.bits) {
-        case 2: return rows_of<V, 2>(matrix, first, last, x, count, y, scratch);
-        case 3: return rows_of<V, 3>(matrix, first, last, x, count, y, scratch);
-        case 4: return rows_of<V, 4>(matrix, first, last, x, count, y, scratch);
-        case 8: return rows_of<V, 8>(matrix, first, last, x, count, y, scratch);
-        default: return rows_of<V, 16>(matrix, first, last, x, count, y, scratch);
+Kernel float_kernel(int bits) {
+    switch (bits) {
+        case 2: return kernel_of<Float<V, 2>>();
+        case 3: return kernel_of<Float<V, 3>>();
+        case 4: return kernel_of<Float<V, 4>>();
+        case 8: return kernel_of<Float<V, 8>>();
+        default: return kernel_of<Float<V, 16>>();
     }
 }
 

@@ -15,7 +15,7 @@ from families import FAMILIES
 from greenroom import kernels, seam
 from greenroom.kernels import Activation, ExpertTask, dispatch, native, reference
 from greenroom.packed import RecordTensor
-from greenroom.quant import Format, Layout, quantize
+from greenroom.quant import Format, Layout, dequantize, quantize
 
 EXTENSION = native._native  # None where it is not built
 built = pytest.mark.skipif(EXTENSION is None, reason="the extension is not built")
@@ -23,9 +23,12 @@ built = pytest.mark.skipif(EXTENSION is None, reason="the extension is not built
 FORMATS = [Format(bits=bits, group_size=group) for bits in (2, 3, 4, 8) for group in (16, 32, 64, 128)]
 FORMATS += [Format(bits=16, group_size=0, dtype=dtype) for dtype in ("bfloat16", "float16")]
 SHAPES = [(1, 48), (3, 80), (17, 576), (5, 1536), (130, 64), (2, 1)]
-TOLERANCE = 1e-5
+EXACT = 1e-5
 """Of the largest output, or of a row's norm where outputs happen to be small: float32 is summed in another order, and
 a weight rounded once where the reference rounds it twice."""
+TOLERANCE = 3e-4
+"""The same for a whole expert: each of its three products adds the error that `rounding` bounds, 1e-4 of a typical
+output for vectors whose largest element is four times the typical one."""
 
 
 @pytest.fixture(params=EXTENSION.available() if EXTENSION else ["none"])
@@ -61,6 +64,14 @@ def vectors(count: int, cols: int, seed: int = 1) -> torch.Tensor:
 def distance(found: torch.Tensor, wanted: torch.Tensor, typical: float = 0.0) -> float:
     """The largest difference, as a share of the largest output or of what is `typical`."""
     return float((found - wanted).abs().max()) / max(float(wanted.abs().max()), typical)
+
+
+def rounding(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What rounding x [n, cols] to 16 bits may change in x times weight [rows, cols], transposed: each element is off by
+    up to half a step of its panel's largest over 32639, so the sum's standard deviation is at most step · norm / √12;
+    six of those."""
+    step = x.abs().amax(1, keepdim=True) / 32639
+    return 6 * step * weight.norm(dim=1) / 12**0.5
 
 
 def record(
@@ -103,13 +114,17 @@ def test_linear_equals_the_reference(isa: str, format: Format) -> None:
     for rows, cols in SHAPES:
         packed, bias = quantize(weight(rows, cols), format), torch.linspace(-1, 1, rows)
         typical = float(weight(rows, cols).norm(dim=1).max())  # of outputs for vectors of random numbers
-        for count in (1, 2, 3, 4, 5, 8, 11, 16, 32):
+        whole = dequantize(packed, rows, cols, format)
+        for count in (1, 2, 3, 4, 5, 8, 11, 16, 32, 40):
             x = vectors(count, cols)
             for added in (None, bias):
                 found = native.linear(x, packed, rows, cols, format, added)
-                assert found is not None
+                if found is None:
+                    assert count > 32
+                    continue
                 wanted = reference.linear(x, packed, rows, cols, format, added)
-                assert distance(found, wanted, typical) < TOLERANCE
+                exact = EXACT * max(float(wanted.abs().max()), typical)
+                assert bool(((found - wanted).abs() <= rounding(x, whole) + exact).all())
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
@@ -216,7 +231,6 @@ def test_a_task_alone_and_among_others(isa: str, two_threads: None) -> None:
         torch.set_num_threads(threads)
         for task, wanted in zip(tasks, together, strict=True):
             assert torch.equal(kernels.experts(x, [task], its, SWIGLU)[0], wanted)
-    assert torch.equal(together[1], reference.experts(x, [tasks[1]], its, SWIGLU)[0]), "33 tokens are the reference's"
     token = native.experts(x, [ExpertTask(records[3], torch.tensor([5]))], its, SWIGLU)[0]
     assert torch.equal(token[0], together[3][5])
 
@@ -225,7 +239,6 @@ def test_a_task_alone_and_among_others(isa: str, two_threads: None) -> None:
 def test_what_the_kernels_decline() -> None:
     format, packed, x = FORMATS[9], quantize(weight(8, 64), FORMATS[9]), vectors(2, 64)
     assert native.linear(x, packed, 8, 64, format) is not None
-    assert native.linear(vectors(33, 64), packed, 8, 64, format) is None
     assert native.linear(x.to(torch.bfloat16), packed, 8, 64, format) is None
     assert native.linear(x.requires_grad_(), packed, 8, 64, format) is None
     with torch.no_grad():
@@ -332,14 +345,67 @@ def test_bfloat16_is_the_references() -> None:
     assert kernels.describe(torch.bfloat16).startswith("reference (torch): ")
 
 
-@pytest.mark.parametrize(
-    "family,kind",
-    [("mixtral", "silu_and_mul"), ("qwen3_moe", "silu_and_mul"), ("gpt_oss", ""), ("nemotron_h", ""), ("gemma4", "")],
-)
-def test_the_activations_that_are_compiled(family: str, kind: str) -> None:
+GATES = {
+    "mixtral": "silu_and_mul",
+    "qwen3_moe": "silu_and_mul",
+    "lfm2_moe": "silu_and_mul",
+    "gemma4": "gelu_tanh_and_mul",
+    "nemotron_h": "relu2",
+    "gpt_oss": "swigluoai_interleaved:1.702:1.0",
+    "openai_privacy_filter": "swigluoai:1.702:1.0",
+    "minimax_m3_vl": "swigluoai:1.702:1.0",
+    "deepseek_v4": "clamped_silu_and_mul:1.0",
+    "hy_v4": "clamped_silu_and_mul:1.0",
+    "glm5_next": "clamped_silu_and_mul:1.0",
+    "inkling2": "",
+    "beam": "",
+}
+
+
+@pytest.mark.parametrize("family", GATES)
+def test_a_familys_gate_is_what_is_compiled(family: str) -> None:
+    """On every kernel, against the family's own code; a clamp that does nothing or a wrong half would show."""
     model = FAMILIES[family].build()
     module = model.get_submodule(seam.experts_modules(model)[0].name)
-    assert seam.activation_kind(module) == kind
-    if kind:
+    kind = seam.activation_kind(module)
+    assert kind == GATES[family]
+    if kind and EXTENSION is not None:
+        gate = module._apply_gate if module.has_gate else module.act_fn
+        compare_gates(Activation(gate=gate, kind=kind), gated=module.has_gate)
+    if hasattr(module, "act_fn") and isinstance(module.act_fn, torch.nn.Module):
         module.act_fn.register_forward_hook(lambda *_: None)
         assert seam.activation_kind(module) == ""
+
+
+def compare_gates(activation: Activation, gated: bool) -> None:
+    """An expert whose first product spreads over [-6, 6], computed by the kernels and by the reference."""
+    hidden, inner, format = 64, 80, Format(bits=8, group_size=32)
+    its = layout(hidden, inner, format, gated, biased=True)
+    tasks = tasks_of([record(hidden, inner, format, 0, gated, biased=True)], [[0, 1, 2]])
+    x = 2 * vectors(3, hidden)
+    wanted = reference.experts(x, tasks, its, activation)[0]
+    before = EXTENSION.active()
+    for isa in EXTENSION.available():
+        EXTENSION.choose(isa)
+        found = native.experts(x, tasks, its, activation)[0]
+        assert distance(found, wanted) < TOLERANCE
+    EXTENSION.choose(before)
+    other = Activation(gate=lambda x: activation.gate(x) * (1 + 1e-2 * x[..., :inner].sign()))  # negative control
+    assert distance(reference.experts(x, tasks, its, other)[0], wanted) > 3 * TOLERANCE
+
+
+@built
+@pytest.mark.parametrize("name", native.FUNCTIONS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_every_function_with_and_without_a_gate(name: str, gated: bool) -> None:
+    function = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "relu": F.relu,
+        "relu2": lambda x: F.relu(x).square(),
+    }[name]
+    if gated:
+        compare_gates(Activation(gate=lambda x: function(x[:, :80]) * x[:, 80:], kind=f"{name}_and_mul"), gated)
+    else:
+        compare_gates(Activation(gate=function, kind=name), gated)

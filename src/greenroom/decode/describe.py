@@ -216,7 +216,7 @@ class _Describer:
         if len(gates) != 1 or len(shared) > 1:
             raise NotUnderstood(f"{type(module).__name__} has no plain gate")
         experts = module.experts
-        if seam.activation_kind(experts) not in native.GATES or experts.has_bias or experts.has_post_expert_norm:
+        if not seam.activation_kind(experts) or experts.has_post_expert_norm:
             raise NotUnderstood(f"{type(experts).__name__} are not computed by the compiled kernels")
         described.router = self._router(getattr(module, gates.pop()))
         if shared:

@@ -17,7 +17,7 @@ def experts(
     x: torch.Tensor, tasks: "Sequence[ExpertTask]", layout: "Sequence[RecordTensor]", activation: Activation
 ) -> "list[torch.Tensor]":
     """An `ExpertsKernel`: what the compiled kernels take in one call, the others by the reference."""
-    taken = [native.takes(x, task) for task in tasks]
+    taken = [native.takes(x, task, layout) for task in tasks]
     if all(taken) and tasks:
         return native.experts(x, tasks, layout, activation)
     if not any(taken):

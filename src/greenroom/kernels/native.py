@@ -1,4 +1,4 @@
-"""The compiled kernels: float32 on a CPU, up to 32 tokens an expert, straight from the packed bits.
+"""The compiled kernels: float32 on a CPU, straight from the packed bits.
 
 They decline what they cannot do, and `dispatch` asks the reference instead. Whether they take a task depends on its
 own shapes, types and number of tokens alone, and a token's result does not depend on the other tokens, the other
@@ -6,6 +6,7 @@ experts or the number of threads, so bits stay the same whatever the memory. The
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -18,8 +19,8 @@ from greenroom.kernels.reference import Activation, ExpertTask
 from greenroom.packed import RecordTensor
 from greenroom.quant import Format, dequantize
 
-GATES = {"silu_and_mul": True, "silu": False}
-"""Activation kinds that are compiled too, and whether they are gated."""
+FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+"""What is applied to the first product, or to the half of it that gates."""
 
 _unusable = ""
 try:
@@ -31,7 +32,7 @@ except ImportError as error:
     _native = None  # type: ignore[assignment]
     _unusable = f"the extension does not load ({error})"
 
-MAX_TOKENS = _native.max_vectors() if _native else 0
+
 BLOCK = _native.BLOCK if _native else 32
 """Positions in a block of cached keys."""
 
@@ -66,33 +67,28 @@ def linear(
     x: torch.Tensor, packed: torch.Tensor, rows: int, cols: int, format: Format, bias: "torch.Tensor | None" = None
 ) -> "torch.Tensor | None":
     """As the reference's `linear`, or None where this is no matter for these kernels."""
-    if extension() is None or x.shape[0] > MAX_TOKENS or not _is_plain(x) or not _is_bytes(packed):
+    if extension() is None or not _is_plain(x) or not _is_bytes(packed):
         return None
     if bias is not None and (bias.requires_grad or not _is_plain(bias) or not bias.is_contiguous()):
         return None
+    packed_shape = shape(rows, cols, format)
+    if not packed_shape.takes(x.shape[0]):
+        return None
     x = x.contiguous()
     out = torch.empty((x.shape[0], rows), dtype=torch.float32)
-    _native.linear(
-        x.data_ptr(),
-        x.shape[0],
-        packed.data_ptr(),
-        packed.numel(),
-        shape(rows, cols, format),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        threads.count(),
-    )
+    one = (packed.data_ptr(), packed.numel(), packed_shape, 0 if bias is None else bias.data_ptr(), out.data_ptr())
+    _native.linears(x.data_ptr(), x.shape[0], [one], threads.count())
     return out
 
 
-def takes(x: torch.Tensor, task: ExpertTask) -> bool:
+def takes(x: torch.Tensor, task: ExpertTask, layout: "Sequence[RecordTensor]") -> bool:
     """Whether `experts` computes this task."""
     return (
         extension() is not None
-        and task.rows.shape[0] <= MAX_TOKENS
         and _is_plain(x)
         and _is_bytes(task.record)
         and task.rows.is_contiguous()
+        and all(shape(t.rows, t.cols, t.format).takes(task.rows.shape[0]) for t in layout[:2])
     )
 
 
@@ -100,7 +96,7 @@ def experts(
     x: torch.Tensor, tasks: "Sequence[ExpertTask]", layout: "Sequence[RecordTensor]", activation: Activation
 ) -> "list[torch.Tensor]":
     """As the reference's `experts`, for tasks that `takes` takes."""
-    if activation.kind not in GATES or len(layout) != 2:
+    if not activation.kind:
         return [_expert(x[task.rows], task.record, layout, activation) for task in tasks]
     x = x.contiguous()
     counts = [task.rows.shape[0] for task in tasks]
@@ -112,7 +108,7 @@ def experts(
         min(task.record.numel() for task in tasks),
         [task.rows.data_ptr() for task in tasks],
         counts,
-        expert_layout(layout[0], layout[1], GATES[activation.kind]),
+        _layout(tuple(layout), activation.kind),
         out.data_ptr(),
         threads.count(),
     )
@@ -125,20 +121,14 @@ def token(
     records: "list[int]",
     places: "list[int]",
     record_nbytes: int,
-    layout: "Sequence[RecordTensor]",
+    layout: "tuple[RecordTensor, ...]",
     kind: str,
     outputs: torch.Tensor,
 ) -> None:
     """One token's experts in one call: x [1, H], the addresses of their records, and the rows of outputs [k, H] that
     they write."""
     _native.token(
-        x.data_ptr(),
-        records,
-        places,
-        record_nbytes,
-        expert_layout(layout[0], layout[1], GATES[kind]),
-        outputs.data_ptr(),
-        threads.count(),
+        x.data_ptr(), records, places, record_nbytes, _layout(layout, kind), outputs.data_ptr(), threads.count()
     )
 
 
@@ -175,7 +165,22 @@ def shape(rows: int, cols: int, format: Format) -> "_native.Shape":
 
 
 @functools.lru_cache(maxsize=256)
-def expert_layout(first: RecordTensor, second: RecordTensor, gated: bool) -> "_native.ExpertLayout":
-    """Where an expert's two matrices lie in its record, for the extension."""
+def _layout(layout: "tuple[RecordTensor, ...]", kind: str) -> "_native.ExpertLayout":
+    first, second, *biases = layout
     shapes = [shape(tensor.rows, tensor.cols, tensor.format) for tensor in (first, second)]
-    return _native.layout(shapes[0], first.offset, shapes[1], second.offset, gated)
+    inner, outer = (bias.offset for bias in biases) if biases else (-1, -1)
+    is_float16 = bool(biases) and biases[0].format.dtype == "float16"
+    return _native.layout(shapes[0], first.offset, shapes[1], second.offset, inner, outer, is_float16, _gate(kind))
+
+
+def _gate(kind: str) -> "_native.Gate":
+    """See `Activation.kind`."""
+    name, *numbers = kind.split(":")
+    if name in FUNCTIONS:
+        return _native.gate(name, "alone", 1.0, math.inf, 0.0)
+    if name.removesuffix("_and_mul") in FUNCTIONS:
+        return _native.gate(name.removesuffix("_and_mul"), "halves", 1.0, math.inf, 0.0)
+    if name == "clamped_silu_and_mul":
+        return _native.gate("silu", "halves", 1.0, float(numbers[0]), 0.0)
+    orders = {"swigluoai": "halves", "swigluoai_interleaved": "turns"}
+    return _native.gate("silu", orders[name], float(numbers[0]), float(numbers[1]), 1.0)

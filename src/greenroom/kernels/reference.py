@@ -23,8 +23,14 @@ class Activation:
     """What happens between and after the two products of an expert.
 
     `gate` maps the first product [n, 2·I] (or [n, I] where experts have no gate) to [n, I]; `after` is applied to the
-    second product [n, H], or None. `kind` names what `gate` computes, for kernels that can do it themselves:
-    "silu_and_mul" is silu(first half) · second half, "silu" is silu; empty is anything.
+    second product [n, H], or None. `kind` names what `gate` computes, for kernels that can do it themselves; empty is
+    anything:
+
+        F                                  F(x), without a gate; F is silu, gelu, gelu_tanh, relu or relu2 (its square)
+        F_and_mul                          F(g) · u, where g is the first half of x and u the second
+        clamped_silu_and_mul:LIMIT         silu(g) · u, after g = min(g, limit) and −limit ≤ u ≤ limit
+        swigluoai:ALPHA:LIMIT              the same clamps, then g · sigmoid(alpha · g) · (u + 1), as in gpt-oss
+        swigluoai_interleaved:ALPHA:LIMIT  the same, where x is g and u in turns
     """
 
     gate: "Callable[[torch.Tensor], torch.Tensor]"

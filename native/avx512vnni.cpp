@@ -1,0 +1,159 @@
+// AVX-512 with VNNI and VBMI: Ice Lake, Zen 4 and later. Integer sums of 64 products an instruction.
+#include <immintrin.h>
+
+#include "activation.h"
+#include "attention.h"
+#include "integer.h"
+
+namespace greenroom {
+namespace {
+
+struct Avx512Vnni {
+    using F = __m512;
+    using I = __m512i;
+    static constexpr int kWidth = 16, kBytes = 64;
+    static constexpr int tile_rows = 4, tile_vectors = 4;
+
+    static F zero() { return _mm512_setzero_ps(); }
+    static F set1(float value) { return _mm512_set1_ps(value); }
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, F value) { _mm512_storeu_ps(p, value); }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+
+    // COUNT neighbouring floats, repeated; and of those, an element's own.
+    template <int COUNT>
+    static F load_groups(const float* p) {
+        if constexpr (COUNT == 1) return _mm512_set1_ps(*p);
+        if constexpr (COUNT == 2) return _mm512_castpd_ps(_mm512_broadcastsd_pd(_mm_loadl_pd(_mm_setzero_pd(), reinterpret_cast<const double*>(p))));
+        if constexpr (COUNT == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+        if constexpr (COUNT == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+        return _mm512_loadu_ps(p);
+    }
+    template <int COUNT>
+    static F pick(F a, const std::int32_t* index) {
+        return COUNT == 1 ? a : _mm512_permutexvar_ps(_mm512_load_si512(index), a);
+    }
+    // The sums of four, side by side: each is added up in the same order whichever of the four it is.
+    static __m128 reduced4(F a, F b, F c, F d) {
+        const F ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        const F cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        const F all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+        return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    }
+    static void reduce4(F a, F b, F c, F d, float* to) { _mm_storeu_ps(to, reduced4(a, b, c, d)); }
+    static float reduce(F a) { return _mm_cvtss_f32(reduced4(a, a, a, a)); }
+
+    // kWidth bytes, zero where not left.
+    static F from_bytes(const std::uint8_t* p, std::int64_t left) {
+        const __m128i bytes = left >= 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
+                                         : _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << left) - 1), p);
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+    }
+
+    template <bool FLOAT16>
+    static F from_halves(const std::uint8_t* p) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        if constexpr (FLOAT16) return _mm512_cvtph_ps(halves);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+
+    static I bytes_at(const std::uint8_t* p, std::int64_t left) {  // no further than `left`
+        if (left >= 64) return _mm512_loadu_si512(p);
+        return _mm512_maskz_loadu_epi8(left > 0 ? (std::uint64_t{1} << left) - 1 : 0, p);
+    }
+
+    // A chunk of a row (integer.h), and its codes, a byte each.
+    template <int BITS>
+    struct Packed {
+        static constexpr int mask = (1 << BITS) - 1;
+        I bytes;
+
+        void load(const std::uint8_t* p, std::int64_t left) { bytes = bytes_at(p, left); }
+
+        template <bool IN_PLACE>
+        I codes(int v) const {
+            if (BITS == 8) return bytes;
+            if (IN_PLACE) return _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(mask << v * BITS)));
+            return _mm512_and_si512(v == 0 ? bytes : _mm512_srli_epi16(bytes, v * BITS), _mm512_set1_epi8(mask));
+        }
+    };
+
+    // Per 32-bit element the sum of N vectors of codes times 256 hi + lo.
+    template <int N>
+    static F dot(const I* q, const std::uint8_t* planes) {
+        I sum = _mm512_setzero_si512();
+        for (int i = 0; i < N; ++i) sum = _mm512_dpbusd_epi32(sum, q[i], _mm512_loadu_si512(planes + 128 * i));
+        sum = _mm512_slli_epi32(sum, 8);
+        for (int i = 0; i < N; ++i) sum = _mm512_dpbusd_epi32(sum, q[i], _mm512_loadu_si512(planes + 128 * i + 64));
+        return _mm512_cvtepi32_ps(sum);
+    }
+};
+
+// Where the high bits of vectors v and v + 2 lie among the bytes of four blocks of 24; past the first 64 bytes, in the
+// vector that starts at byte 32, which is what bit 6 says.
+struct HighBits {
+    alignas(64) std::uint8_t index[2][64];
+    constexpr HighBits() : index() {
+        for (int v = 0; v < 2; ++v)
+            for (int half = 0; half < 8; ++half) {
+                const int byte = half / 2 * 24 + 16 + 2 * v + half % 2;
+                index[v][8 * half + 5] = static_cast<std::uint8_t>(byte < 64 ? byte : byte - 32 + 64);
+                index[v][8 * half + 1] = static_cast<std::uint8_t>(byte + 4 < 64 ? byte + 4 : byte + 4 - 32 + 64);
+            }
+    }
+};
+
+// At 3 bits a block is 16 bytes of low bits and 8 of high ones, eight columns each. Taken as rows of a matrix of bits, the
+// bytes that belong to vectors v and v + 2 are transposed: byte j gets the bits of column j, in places 2 and 6. Joined with
+// the low bits that makes a vector of two codes a byte.
+template <>
+struct Avx512Vnni::Packed<3> {
+    I pairs[2];  // vectors 0 and 2, vectors 1 and 3
+
+    void load(const std::uint8_t* p, std::int64_t left) {
+        static constexpr HighBits high_bits;
+        const I a = bytes_at(p, left), b = bytes_at(p + 32, left - 32);
+        const I low = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 1, 3, 4, 6, 7, 8 + 5, 8 + 6), b);
+        const I columns = _mm512_set1_epi64(static_cast<std::int64_t>(0x8040201008040201));
+        for (int v = 0; v < 2; ++v) {
+            const I index = _mm512_load_si512(high_bits.index[v]);
+            const I rows = _mm512_maskz_permutex2var_epi8(0x2222222222222222, a, index, b);
+            const I high = _mm512_gf2p8affine_epi64_epi8(columns, rows, 0);
+            const I shifted = v == 0 ? low : _mm512_srli_epi16(low, 2);
+            pairs[v] = _mm512_ternarylogic_epi64(shifted, _mm512_set1_epi8(0x33), high, 0xea);  // first & second | third
+        }
+    }
+
+    template <bool>
+    I codes(int v) const {
+        const I pair = pairs[v % 2];
+        return _mm512_and_si512(v < 2 ? pair : _mm512_srli_epi16(pair, 4), _mm512_set1_epi8(15));
+    }
+};
+
+bool supported() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("gfni");
+}
+
+Kernel kernel(const Matrix& matrix) {
+    switch (matrix.bits) {
+        case 2: return integer_kernel<Avx512Vnni, 2>(matrix.group_size);
+        case 3: return integer_kernel<Avx512Vnni, 3>(matrix.group_size);
+        case 4: return integer_kernel<Avx512Vnni, 4>(matrix.group_size);
+        case 8: return integer_kernel<Avx512Vnni, 8>(matrix.group_size);
+        default: return kernel_of<Float<Avx512Vnni, 16>>();
+    }
+}
+
+}  // namespace
+
+const Isa kAvx512Vnni = {"avx512vnni", "AVX-512 VNNI", supported, kernel, activate, attend<Avx512Vnni>, mix<Avx512Vnni>};
+
+}  // namespace greenroom
