@@ -80,7 +80,12 @@ def test_other_families_run_as_before(name: str) -> None:
     if not family.generates:
         pytest.skip("it does not generate")
     with running(case_of(name).pack(16)) as engine:
-        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(PROMPT)}
+        options = {
+            "max_new_tokens": 4,
+            "min_new_tokens": 4,
+            "do_sample": False,
+            "attention_mask": torch.ones_like(PROMPT),
+        }
         engine.decode.enabled = False
         want = engine.model.generate(PROMPT, **options)
         engine.decode.enabled = True
@@ -307,7 +312,9 @@ def test_long_contexts_cross_spans() -> None:
     with running(case_of("deepseek_v2").pack(16), context=1100) as engine, torch.no_grad():
         engine.model.config.max_position_embeddings = 2048
         for length in (510, 1023):
-            out = engine.model(ids[:, :length], past_key_values=DynamicCache(config=engine.model.config), use_cache=True)
+            out = engine.model(
+                ids[:, :length], past_key_values=DynamicCache(config=engine.model.config), use_cache=True
+            )
             past = copy.deepcopy(out.past_key_values)
             for token in ids[0, length : length + 4].tolist():
                 fast = engine.model(torch.tensor([[token]]), past_key_values=out.past_key_values).logits

@@ -607,7 +607,7 @@ def test_dense_weights_are_those_of_the_checkpoint(packed16: PackedModel, checkp
         name = entry.name.replace(".mlp.", ".block_sparse_moe.")
         assert torch.equal(packed16.read_tensor(entry).float(), original[name])
     for linear in packed16.manifest.linears:
-        raw = packed16.read_linear(linear).view(torch.bfloat16)[: linear.rows * linear.cols]
+        raw = packed16.read_linears()[linear.module].view(torch.bfloat16)[: linear.rows * linear.cols]
         assert torch.equal(raw.view(linear.rows, linear.cols).float(), original[f"{linear.module}.weight"])
 
 

@@ -99,9 +99,10 @@ def build(packed: PackedModel, config: Any, dtype: torch.dtype, serve: seam.Serv
         packed.check_tensor(entry)
         padding_idx = model.get_submodule(path).padding_idx
         replaced[path] = MappedEmbedding(packed, entry, dtype, padding_idx)
+    packed_linears = packed.read_linears()
     for linear in manifest.linears:
         bias = model.get_submodule(linear.module)._parameters.get("bias")
-        replaced[linear.module] = PackedLinear(packed.read_linear(linear), linear, dtype, bias)
+        replaced[linear.module] = PackedLinear(packed_linears[linear.module], linear, dtype, bias)
     for name, other in manifest.tied.items():
         if other in tensors:
             seam.share(model, name, other)

@@ -4,8 +4,6 @@
 `MemoryStore` is the in-memory one for tests and for models that fit. Neither knows which expert deserves a place.
 """
 
-import contextlib
-import mmap
 import os
 import threading
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from greenroom.buffers import open_direct, read_into
+from greenroom.buffers import allocate, byte_view, open_direct, read_into
 from greenroom.errors import PackedModelError
 from greenroom.packed import PackedModel, check_bytes
 
@@ -128,11 +126,8 @@ class Arena:
 
     def __init__(self, count: int, record_nbytes: int) -> None:
         self.count, self.record_nbytes = count, record_nbytes
-        self._mapping = mmap.mmap(-1, max(count * record_nbytes, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(AttributeError, OSError):  # fewer TLB misses where the kernel offers it
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
-        self._view = memoryview(self._mapping)
-        self._tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self._tensor = allocate(max(count * record_nbytes, 1))
+        self._view = byte_view(self._tensor)
 
     @property
     def nbytes(self) -> int:

@@ -237,14 +237,18 @@ class _Describer:
 
     def _router(self, module: Any) -> Any:
         own = dict(module.named_parameters()) | dict(module.named_buffers())
-        if not {"weight"} <= own.keys() <= {"weight", "bias", "e_score_correction_bias"} or not hasattr(module, "top_k"):
+        if not {"weight"} <= own.keys() <= {"weight", "bias", "e_score_correction_bias"} or not hasattr(
+            module, "top_k"
+        ):
             raise NotUnderstood(f"{type(module).__name__} is not a plain router")
         scores = self.core.Router.Scores
         found = self.core.Router()
         found.weights, found.top_k = self.matrix(own["weight"], own.get("bias")), int(module.top_k)
         self.top_k = max(self.top_k, found.top_k)
         found.scores = scores.softmax_of_chosen if "bias" in own else scores.softmax
-        found.normalize = "bias" not in own and bool(getattr(module, "norm_topk_prob", not hasattr(module, "topk_method")))
+        found.normalize = "bias" not in own and bool(
+            getattr(module, "norm_topk_prob", not hasattr(module, "topk_method"))
+        )
         found.scale = float(getattr(module, "routed_scaling_factor", None) or 1.0)
         if "e_score_correction_bias" in own:
             found.scores, found.correction = scores.sigmoid, self._pointer(own["e_score_correction_bias"])

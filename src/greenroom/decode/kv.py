@@ -5,11 +5,13 @@ A layer of a `DynamicCache` is replaced by one that holds float16 in the compile
 compiled step: generation, cropping and beam search keep their semantics because their code is transformers'.
 """
 
+import math
 from typing import Any, Protocol
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from greenroom.buffers import allocate
 from greenroom.kernels import native
 
 _MIN_CAPACITY = 256
@@ -110,8 +112,8 @@ class HalfKV:
     def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         heads, length, key_dim = keys.shape
         blocks = -(-max(_MIN_CAPACITY, length + length // 2 + 1) // native.BLOCK)
-        self._keys = torch.empty(heads, blocks, key_dim, native.BLOCK, dtype=torch.float16)
-        self._values = torch.empty(heads, blocks * native.BLOCK, values.shape[2], dtype=torch.float16)
+        self._keys = _halves(heads, blocks, key_dim, native.BLOCK)
+        self._values = _halves(heads, blocks * native.BLOCK, values.shape[2])
         largest = torch.finfo(torch.float16).max
         by_position = self._keys.transpose(2, 3)
         full = length // native.BLOCK
@@ -120,6 +122,10 @@ class HalfKV:
         by_position[:, full, : length - full * native.BLOCK] = clamped[:, full * native.BLOCK :]
         self._values[:, :length] = values.clamp(-largest, largest)
         self.length = length
+
+
+def _halves(*shape: int) -> torch.Tensor:
+    return allocate(2 * math.prod(shape)).view(torch.float16).view(shape)
 
 
 class _HalfLayer:

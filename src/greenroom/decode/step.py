@@ -14,7 +14,14 @@ from greenroom.decode.describe import DecoderParts, NotUnderstood, Turn, describ
 from greenroom.kernels import native
 from greenroom.threads import count, lent_to_torch
 
-_HARMLESS = {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "cache_position"}
+_HARMLESS = {
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "cache_position",
+}
 """Other arguments that a plain step may carry; the `output_` ones only where they are false."""
 
 
@@ -73,7 +80,10 @@ class DecodeStep:
         known = {"attention_mask", "past_key_values", "position_ids", "inputs_embeds", *_HARMLESS}
         if not others.keys() <= known or others.get("inputs_embeds") is not None or others.get("use_cache") is False:
             return False
-        if any(value for name, value in others.items() if name.startswith("output_")) or others.get("past_key_values") is None:
+        if (
+            any(value for name, value in others.items() if name.startswith("output_"))
+            or others.get("past_key_values") is None
+        ):
             return False
         config = self._base.config
         if config.output_hidden_states or getattr(config, "output_attentions", False) or torch.is_grad_enabled():

@@ -1,5 +1,6 @@
 """Open a packed model: sizes are checked at once, checksums whenever a record is read or verified."""
 
+import itertools
 import os
 import zlib
 from collections.abc import Iterator
@@ -7,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from greenroom.buffers import byte_view, read_into
+from greenroom.buffers import allocate, byte_view, read_into
 from greenroom.errors import PackedModelError
-from greenroom.packed.manifest import LinearEntry, Manifest, TensorEntry
+from greenroom.packed.manifest import Manifest, TensorEntry
 from greenroom.progress import Progress
 
 
@@ -41,13 +42,21 @@ class PackedModel:
         """Bytes of all files the manifest lists."""
         return sum(entry.nbytes for entry in self.manifest.files.values())
 
-    def read_linear(self, entry: LinearEntry) -> torch.Tensor:
-        """The packed bytes of a dense linear, uint8 [nbytes]."""
-        return self._read(entry.file, entry.offset, entry.nbytes, entry.crc32, entry.module)
+    def read_linears(self) -> "dict[str, torch.Tensor]":
+        """The packed bytes of every dense linear by module, uint8 [nbytes], side by side in one piece of memory."""
+        entries = self.manifest.linears
+        starts = [0, *itertools.accumulate(-(-entry.nbytes // 64) * 64 for entry in entries)]
+        memory = allocate(starts[-1])
+        found = {}
+        for start, entry in zip(starts, entries, strict=False):
+            found[entry.module] = memory[start : start + entry.nbytes]
+            self._read(entry.file, entry.offset, found[entry.module], entry.crc32, entry.module)
+        return found
 
     def read_tensor(self, entry: TensorEntry) -> torch.Tensor:
         """A plain tensor in its stored dtype."""
-        raw = self._read(entry.file, entry.offset, entry.nbytes, entry.crc32, entry.name)
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        self._read(entry.file, entry.offset, raw, entry.crc32, entry.name)
         return raw.view(getattr(torch, entry.dtype)).view(entry.shape)
 
     def check_tensor(self, entry: TensorEntry, piece: int = 16 << 20) -> None:
@@ -84,7 +93,7 @@ class PackedModel:
                 )
         for file, offset, nbytes, crc32, what in self.records():
             try:
-                self._read(file, offset, nbytes, crc32, what)
+                self._read(file, offset, torch.empty(nbytes, dtype=torch.uint8), crc32, what)
             except PackedModelError as error:
                 damaged.append(str(error))
             if progress is not None:
@@ -95,9 +104,8 @@ class PackedModel:
         path = self.folder / sidecar
         return path.is_file() and zlib.crc32(path.read_bytes()) == self.manifest.sidecars.get(sidecar)
 
-    def _read(self, file: str, offset: int, nbytes: int, crc32: int, what: str) -> torch.Tensor:
-        raw = torch.empty(nbytes, dtype=torch.uint8)
-        view = byte_view(raw)
+    def _read(self, file: str, offset: int, into: torch.Tensor, crc32: int, what: str) -> None:
+        view, nbytes = byte_view(into), into.numel()
         with (self.folder / file).open("rb", buffering=0) as handle:
             done = read_into(handle.fileno(), view, offset)
             if done < nbytes:
@@ -106,7 +114,6 @@ class PackedModel:
                 )
             os.posix_fadvise(handle.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
         check_bytes(self.folder / file, view, crc32, what)
-        return raw
 
 
 def check_bytes(path: Path, data: memoryview, crc32: int, what: str) -> None:
