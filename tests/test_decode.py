@@ -186,6 +186,34 @@ def test_which_generations_are_fast(mixtral: Engine) -> None:
     assert steps_of(mixtral) == 0
 
 
+def test_a_token_with_a_position_of_its_own_goes_through_the_modules(mixtral: Engine) -> None:
+    past = mixtral.model(PROMPT, use_cache=True).past_key_values
+    with torch.no_grad():
+        for position, steps in ((PROMPT.shape[1], 1), (40, 1), (PROMPT.shape[1] + 2, 2)):
+            mixtral.model(torch.tensor([[5]]), past_key_values=past, position_ids=torch.tensor([[position]]))
+            assert mixtral.decode.steps == steps
+
+
+def test_an_interrupt_in_a_token_leaves_the_cache_as_it_was(mixtral: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(index: int, *_: Any) -> None:
+        if index == 2:
+            raise KeyboardInterrupt
+        real(index, *_)
+
+    model, token = mixtral.model, torch.tensor([[FORCED[0]]])
+    with torch.no_grad():
+        past = model(PROMPT, use_cache=True).past_key_values
+        want = model(token, past_key_values=past).logits
+        past.crop(-1)
+        real = mixtral.decode.layer
+        monkeypatch.setattr(mixtral.decode, "layer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(token, past_key_values=past)
+        monkeypatch.undo()
+        assert past.get_seq_length() == PROMPT.shape[1]
+        assert torch.equal(model(token, past_key_values=past).logits, want)
+
+
 def test_hooks_see_every_token(mixtral: Engine) -> None:
     seen = []
     hook = mixtral.model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))

@@ -10,9 +10,9 @@ import pytest
 import greenroom
 
 ROOMS = [
-    "errors", "sizes", "progress", "environment", "machine", "buffers", "quant", "config", "seam", "checkpoint",
-    "packed", "packing", "cache", "store", "transfer", "prefetch", "metrics", "kernels", "runner", "model", "planner",
-    "probe", "wheels", "demo", "engine", "library", "cli",
+    "errors", "sizes", "progress", "environment", "machine", "buffers", "threads", "quant", "config", "seam",
+    "checkpoint", "packed", "packing", "cache", "store", "transfer", "prefetch", "metrics", "kernels", "runner",
+    "model", "decode", "planner", "probe", "wheels", "demo", "engine", "library", "cli",
 ]  # fmt: skip
 """Lowest first: a room may import itself and what stands before it."""
 

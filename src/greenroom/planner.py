@@ -154,6 +154,9 @@ def _dense_nbytes(manifest: Manifest, element_size: int) -> "tuple[int, int]":
     """(held in memory, left mapped on disk)."""
     held = sum(entry.nbytes for entry in manifest.linears)
     held += sum(math.prod(entry.shape) * element_size for entry in manifest.tensors if not entry.mappable)
+    # the compiled decoder has routers, and what latent attention absorbs, once more in 16 bits
+    held += sum(2 * math.prod(entry.shape) for entry in manifest.tensors if not entry.mappable and len(entry.shape) > 1)
+    held += sum(2 * entry.rows * entry.cols for entry in manifest.linears if entry.module.endswith("kv_b_proj"))
     return held, sum(entry.nbytes for entry in manifest.tensors if entry.mappable)
 
 

@@ -196,8 +196,8 @@ _GATES = {
 
 
 def activation_kind(module: Any) -> str:
-    """What an experts module computes between its two products, as `kernels.Activation.kind` names it; "" for what is not
-    one of transformers' own functions and gates, and for anything with a hook."""
+    """What an experts module computes between its two products, as `kernels.Activation.kind` names it; "" for what is
+    not one of transformers' own functions and gates, and for anything with a hook."""
     act = getattr(module, "act_fn", None)
     if getattr(act, "_forward_hooks", None) or getattr(act, "_forward_pre_hooks", None):
         return ""

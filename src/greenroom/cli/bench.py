@@ -105,6 +105,7 @@ def _report(engine: Any, trials: "list[dict[str, float]]", floor: "dict[str, flo
         "floor_tokens_per_s": 1 / floor_s,
         "ratio_to_floor": medians["tokens_per_s"] * floor_s,
         "kernel": engine.kernel,
+        "decoder": str(engine.decode),
         "slots": engine.plan.slots,
         "experts": sum(engine.plan.experts),
     }

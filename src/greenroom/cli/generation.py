@@ -27,6 +27,7 @@ class Answer:
     ttft_s: float
     decode_s: float
     kernel: str
+    decoder: str
     prompt: Metrics
     decode: Metrics
 
@@ -55,6 +56,7 @@ class Answer:
             "decode_s": self.decode_s,
             "peak_memory_bytes": memory["peak"],
             "kernel": self.kernel,
+            "decoder": self.decoder,
         }
 
 
@@ -88,6 +90,7 @@ def answer(
         ttft_s=first_s - start_s,
         decode_s=end_s - first_s,
         kernel=engine.kernel,
+        decoder=str(engine.decode),
         prompt=middle - before,
         decode=after - middle,
     )
@@ -132,7 +135,7 @@ def show_stats(report: "dict[str, Any]") -> None:
         f"of {report['decode_s']:.2f} s decoding: {report['stall_s']:.2f} s stalled on reads, "
         f"{report['expert_compute_s']:.2f} s in experts",
         f"peak memory {format_bytes(report['peak_memory_bytes'])}",
-        f"kernel: {report['kernel']}",
+        f"kernel: {report['kernel']}; tokens are decoded by: {report['decoder']}",
     ]
     print("\n".join(lines), file=sys.stderr)
 

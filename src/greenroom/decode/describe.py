@@ -19,7 +19,7 @@ from greenroom.model import PackedLinear
 from greenroom.quant import Format
 
 
-class NotUnderstood(Exception):
+class NotUnderstoodError(Exception):
     """A module is not of the forms that the compiled decoder has; the message says which."""
 
 
@@ -46,12 +46,12 @@ class DecoderParts:
 
 
 def describe(base: Any) -> DecoderParts:
-    """The decoder `base` (a model without its head). Raises NotUnderstood."""
+    """The decoder `base` (a model without its head). Raises NotUnderstoodError."""
     if native.extension() is None:
-        raise NotUnderstood(native.unusable())
+        raise NotUnderstoodError(native.unusable())
     children = {name for name, _ in base.named_children()}
     if children != {"embed_tokens", "layers", "norm", "rotary_emb"}:
-        raise NotUnderstood(f"{type(base).__name__} is made of {', '.join(sorted(children))}")
+        raise NotUnderstoodError(f"{type(base).__name__} is made of {', '.join(sorted(children))}")
     writer = _Describer(base)
     layers = list(base.layers)
     described = [writer.layer(layer) for layer in layers]
@@ -108,7 +108,7 @@ class _Describer:
         children = dict(layer.named_children())
         feed = [name for name in children if name not in ("self_attn", "input_layernorm", "post_attention_layernorm")]
         if len(children) != 4 or len(feed) != 1:
-            raise NotUnderstood(f"{type(layer).__name__} is made of {', '.join(children)}")
+            raise NotUnderstoodError(f"{type(layer).__name__} is made of {', '.join(children)}")
         described = self.core.DecoderLayer()
         described.before_attention = self.norm(layer.input_layernorm)
         described.before_mlp = self.norm(layer.post_attention_layernorm)
@@ -124,7 +124,7 @@ class _Describer:
     def norm(self, module: Any) -> Any:
         eps = getattr(module, "variance_epsilon", None)
         if not type(module).__name__.endswith("RMSNorm") or eps is None or set(module.state_dict()) != {"weight"}:
-            raise NotUnderstood(f"{type(module).__name__} is not a root-mean-square norm")
+            raise NotUnderstoodError(f"{type(module).__name__} is not a root-mean-square norm")
         return self.core.Norm(self._pointer(module.weight), float(eps))
 
     def weights(self, module: Any) -> Any:
@@ -135,7 +135,7 @@ class _Describer:
             bias = 0 if module.bias is None else self._pointer(module.bias)
             return self.core.Weights(module.packed.data_ptr(), module.packed.numel(), shape, bias)
         if type(module) is not nn.Linear:
-            raise NotUnderstood(f"{type(module).__name__} is not a plain linear")
+            raise NotUnderstoodError(f"{type(module).__name__} is not a plain linear")
         return self.matrix(module.weight, module.bias)
 
     def matrix(self, weight: torch.Tensor, bias: "torch.Tensor | None") -> Any:
@@ -150,11 +150,11 @@ class _Describer:
                 shape = native.shape(weight.shape[0], weight.shape[1], format)
                 pointer = 0 if bias is None else self._pointer(bias)
                 return self.core.Weights(packed.data_ptr(), packed.numel(), shape, pointer)
-        raise NotUnderstood("a matrix does not fit 16 bits")
+        raise NotUnderstoodError("a matrix does not fit 16 bits")
 
     def _pointer(self, tensor: torch.Tensor) -> int:
         if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
-            raise NotUnderstood("a vector is not float32 in memory")
+            raise NotUnderstoodError("a vector is not float32 in memory")
         self.keep.append(tensor.detach())
         return tensor.data_ptr()
 
@@ -172,7 +172,7 @@ class _Describer:
             found.norm_each_head = module.q_norm.weight.numel() == dim
             wide = {module.q_norm.weight.numel(): dim, module.k_norm.weight.numel(): dim}
             if not found.norm_each_head and wide.keys() != {found.heads * dim, found.kv_heads * dim}:
-                raise NotUnderstood("a norm of queries or keys is neither a head wide nor all of them")
+                raise NotUnderstoodError("a norm of queries or keys is neither a head wide nor all of them")
         found.clip = float(getattr(self.config, "clip_qkv", None) or 0.0)
         if getattr(module, "sinks", None) is not None:
             found.sinks = self._pointer(module.sinks)
@@ -193,7 +193,7 @@ class _Describer:
         found.rotary_dim, found.value_dim = int(module.qk_rope_head_dim), int(module.v_head_dim)
         found.latent_dim, found.scale = int(module.kv_lora_rank), float(module.scaling)
         if getattr(module.kv_b_proj, "bias", None) is not None:
-            raise NotUnderstood("the latent's up-projection has a bias")
+            raise NotUnderstoodError("the latent's up-projection has a bias")
         up = module.kv_b_proj.weight.detach().view(found.heads, found.nope_dim + found.value_dim, found.latent_dim)
         key_up = up[:, : found.nope_dim].to(torch.float16).contiguous()
         value_up = up[:, found.nope_dim :].transpose(1, 2).to(torch.float16).contiguous()
@@ -214,10 +214,10 @@ class _Describer:
         shared = {"shared_expert", "shared_experts"} & {name for name, _ in module.named_children()}
         _made_of(module, {"experts", *gates}, {*shared, "shared_expert_gate"})
         if len(gates) != 1 or len(shared) > 1:
-            raise NotUnderstood(f"{type(module).__name__} has no plain gate")
+            raise NotUnderstoodError(f"{type(module).__name__} has no plain gate")
         experts = module.experts
         if not seam.activation_kind(experts) or experts.has_post_expert_norm:
-            raise NotUnderstood(f"{type(experts).__name__} are not computed by the compiled kernels")
+            raise NotUnderstoodError(f"{type(experts).__name__} are not computed by the compiled kernels")
         described.router = self._router(getattr(module, gates.pop()))
         if shared:
             mlp = self._mlp(getattr(module, shared.pop()))
@@ -229,7 +229,7 @@ class _Describer:
     def _mlp(self, module: Any) -> Any:
         _made_of(module, {"gate_proj", "up_proj", "down_proj"}, {"act_fn"})
         if type(getattr(module, "act_fn", None)) not in (nn.SiLU, SiLUActivation):
-            raise NotUnderstood(f"{type(module).__name__} has another activation than SiLU")
+            raise NotUnderstoodError(f"{type(module).__name__} has another activation than SiLU")
         found = self.core.Mlp()
         found.gate, found.up = self.weights(module.gate_proj), self.weights(module.up_proj)
         found.down = self.weights(module.down_proj)
@@ -240,7 +240,7 @@ class _Describer:
         if not {"weight"} <= own.keys() <= {"weight", "bias", "e_score_correction_bias"} or not hasattr(
             module, "top_k"
         ):
-            raise NotUnderstood(f"{type(module).__name__} is not a plain router")
+            raise NotUnderstoodError(f"{type(module).__name__} is not a plain router")
         scores = self.core.Router.Scores
         found = self.core.Router()
         found.weights, found.top_k = self.matrix(own["weight"], own.get("bias")), int(module.top_k)
@@ -262,4 +262,4 @@ def _made_of(module: Any, needed: "set[str]", optional: "set[str]", parameters: 
     children = {name for name, child in module.named_children()}
     own = {name for name, _ in module.named_parameters(recurse=False)}
     if not needed <= children <= needed | optional or not own <= (parameters or set()):
-        raise NotUnderstood(f"{type(module).__name__} is made of {', '.join(sorted(children | own))}")
+        raise NotUnderstoodError(f"{type(module).__name__} is made of {', '.join(sorted(children | own))}")

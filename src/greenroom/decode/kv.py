@@ -118,7 +118,9 @@ class HalfKV:
         by_position = self._keys.transpose(2, 3)
         full = length // native.BLOCK
         clamped = keys.clamp(-largest, largest)
-        by_position[:, :full] = clamped[:, : full * native.BLOCK].unflatten(1, (full, native.BLOCK)) if full else 0
+        by_position[:, :full] = (
+            clamped[:, : full * native.BLOCK].reshape(heads, full, native.BLOCK, key_dim) if full else 0
+        )
         by_position[:, full, : length - full * native.BLOCK] = clamped[:, full * native.BLOCK :]
         self._values[:, :length] = values.clamp(-largest, largest)
         self.length = length
@@ -172,7 +174,7 @@ class _HalfLayer:
         return self._half
 
 
-class HalfDynamicLayer(_HalfLayer, DynamicLayer):
+class HalfDynamicLayer(_HalfLayer, DynamicLayer):  # type: ignore[misc]  # transformers has no types
     """A DynamicLayer that can hold float16 in the compiled layout."""
 
     def get_seq_length(self) -> int:
@@ -185,7 +187,7 @@ class HalfDynamicLayer(_HalfLayer, DynamicLayer):
         self._half.length += 1
 
 
-class HalfSlidingLayer(_HalfLayer, DynamicSlidingWindowLayer):
+class HalfSlidingLayer(_HalfLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """A DynamicSlidingWindowLayer that can hold float16 in the compiled layout."""
 
     def put(self) -> None:
@@ -204,7 +206,7 @@ def adopt(cache: Any, layouts: "list[Layout]") -> "list[HalfLayer] | None":
     if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != len(layouts):
         return None
     if all(isinstance(layer, _HalfLayer) for layer in cache.layers):
-        return cache.layers
+        return list(cache.layers)
     if any(type(layer) not in _CLASSES or not layer.is_initialized for layer in cache.layers):
         return None
     for index, (layer, layout) in enumerate(zip(cache.layers, layouts, strict=True)):
@@ -215,4 +217,4 @@ def adopt(cache: Any, layouts: "list[Layout]") -> "list[HalfLayer] | None":
         new = object.__new__(_CLASSES[type(layer)])
         new.__dict__.update(state, _plain=plain, _layout=layout)
         cache.layers[index] = new
-    return cache.layers
+    return list(cache.layers)

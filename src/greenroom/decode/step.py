@@ -2,6 +2,7 @@
 is asked for, and leaves everything else to the modules.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -10,19 +11,18 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from greenroom import environment
 from greenroom.decode import kv, proof
-from greenroom.decode.describe import DecoderParts, NotUnderstood, Turn, describe
+from greenroom.decode.describe import DecoderParts, NotUnderstoodError, Turn, describe
 from greenroom.kernels import native
 from greenroom.threads import count, lent_to_torch
 
-_HARMLESS = {
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "return_dict",
-    "cache_position",
-}
-"""Other arguments that a plain step may carry; the `output_` ones only where they are false."""
+_OUTPUTS = {"output_attentions", "output_hidden_states", "output_router_logits"}
+"""What a step does not give."""
+_INPUTS = {"attention_mask", "past_key_values", "position_ids", "inputs_embeds", "use_cache", "return_dict"}
+"""Arguments that a step understands, or need not."""
+
+
+_FEW = 16
+"""Tokens that are not worth torch's threads, which wait for each other at every operation."""
 
 
 class ServeToken(Protocol):
@@ -62,6 +62,12 @@ class DecodeStep:
         self.forget()
         base.forward = self.forward
 
+    def __str__(self) -> str:
+        """For people: what decodes single tokens."""
+        if not self.enabled:
+            return "transformers' modules, as asked for"
+        return f"transformers' modules ({self.reason})" if self.reason else "compiled"
+
     def forget(self) -> None:
         """Describe and prove anew at the next token."""
         self.reason, self._tried = "", False
@@ -69,26 +75,30 @@ class DecodeStep:
     def forward(self, input_ids: "torch.Tensor | None" = None, **others: Any) -> Any:
         """As the model's own forward."""
         if self.enabled and input_ids is not None and input_ids.shape == (1, 1) and self._takes(others):
-            out = self._step(input_ids, others["past_key_values"], others.get("attention_mask"))
+            out = self._step(input_ids, **others)
             if out is not None:
                 return out
-        with lent_to_torch():
+        given = input_ids if input_ids is not None else others.get("inputs_embeds")
+        many = given is None or given.shape[0] * given.shape[1] > _FEW
+        with lent_to_torch() if many else contextlib.nullcontext():
             return self._modules_forward(input_ids=input_ids, **others)
 
     def _takes(self, others: "dict[str, Any]") -> bool:
         """Whether a call asks for nothing but one more token."""
-        known = {"attention_mask", "past_key_values", "position_ids", "inputs_embeds", *_HARMLESS}
-        if not others.keys() <= known or others.get("inputs_embeds") is not None or others.get("use_cache") is False:
+        if not others.keys() <= _INPUTS | _OUTPUTS or any(others.get(name) for name in _OUTPUTS):
             return False
-        if (
-            any(value for name, value in others.items() if name.startswith("output_"))
-            or others.get("past_key_values") is None
-        ):
+        if others.get("past_key_values") is None or others.get("use_cache") is False:
+            return False
+        if others.get("inputs_embeds") is not None or torch.is_grad_enabled():
             return False
         config = self._base.config
-        if config.output_hidden_states or getattr(config, "output_attentions", False) or torch.is_grad_enabled():
+        if (
+            config.output_hidden_states
+            or getattr(config, "output_attentions", False)
+            or others.get("return_dict") is False
+        ):
             return False
-        if self._watched():
+        if self._base.training or self._watched():
             return False
         if not self._tried:
             self._try()
@@ -107,32 +117,38 @@ class DecodeStep:
             self._decoder = native.decoder(parts.described, self._hidden, self._normed)
             self.reason = ""
             self.reason = proof.disagreement(self, self._base, parts)
-        except NotUnderstood as error:
+        except NotUnderstoodError as error:
             self.reason = str(error)
         except Exception as error:  # modelling code of any family: what cannot be described runs as before
             self.reason = f"{type(error).__name__}: {error}"
 
-    def _step(self, input_ids: torch.Tensor, cache: Any, mask: "torch.Tensor | None") -> Any:
+    def _step(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Any,
+        attention_mask: "torch.Tensor | None" = None,
+        position_ids: "torch.Tensor | None" = None,
+        **_: Any,
+    ) -> Any:
         assert self._parts is not None
-        layers = kv.adopt(cache, self._parts.layouts)
-        position = cache.get_seq_length()
-        if layers is None or not self._sees_all(mask, position):
+        layers = kv.adopt(past_key_values, self._parts.layouts)
+        position = past_key_values.get_seq_length()
+        if layers is None or not _is_next(position, attention_mask, position_ids):
             return None
-        halves = [layer.half(window) for layer, window in zip(layers, self._parts.windows, strict=True)]
-        if any(half is None for half in halves):
-            return None
+        halves = []
+        for layer, window in zip(layers, self._parts.windows, strict=True):
+            if (half := layer.half(window)) is None:
+                return None
+            halves.append(half)
         self._hidden.copy_(self._parts.embed(input_ids)[0])
         turn = Turn(self._parts.rotary, position, self._parts.width)
-        for index, layer in enumerate(layers):
-            self.layer(index, halves[index], turn, self._serve)
+        for index, half in enumerate(halves):
+            self.layer(index, half, turn, self._serve)
+        for layer in layers:  # together, so that an interrupt leaves them agreed
             layer.put()
         self._decoder.finish(self._parts.final_norm)
         self.steps += 1
-        return MoeModelOutputWithPast(last_hidden_state=self._normed.clone()[None], past_key_values=cache)
-
-    def _sees_all(self, mask: "torch.Tensor | None", position: int) -> bool:
-        """Whether the attention mask hides nothing: no padding in front."""
-        return mask is None or (mask.ndim == 2 and mask.shape[1] == position + 1 and bool(mask.all()))
+        return MoeModelOutputWithPast(last_hidden_state=self._normed.clone()[None], past_key_values=past_key_values)
 
     def layer(self, index: int, half: kv.HalfKV, turn: Turn, serve: ServeToken) -> None:
         """The residual stream through one layer."""
@@ -168,3 +184,10 @@ class DecodeStep:
     def hidden(self) -> torch.Tensor:
         """The residual stream [1, H] between layers: what `layer` reads and writes."""
         return self._hidden
+
+
+def _is_next(position: int, mask: "torch.Tensor | None", position_ids: "torch.Tensor | None") -> bool:
+    """Whether the token follows the `position` before it, and sees all of them: no padding, no position of its own."""
+    if mask is not None and not (mask.ndim == 2 and mask.shape[1] == position + 1 and bool(mask.all())):
+        return False
+    return position_ids is None or (position_ids.numel() == 1 and int(position_ids) == position)

@@ -1,3 +1,8 @@
+from typing import Any
+
+BLOCK: int
+Decoder: Any
+
 class Shape:
     def takes(self, count: int) -> bool: ...
 
@@ -32,3 +37,12 @@ def available() -> list[str]: ...
 def active() -> str: ...
 def title() -> str: ...
 def choose(name: str) -> bool: ...
+def token(
+    x: int,
+    records: list[int],
+    places: list[int],
+    record_nbytes: int,
+    layout: ExpertLayout,
+    outputs: int,
+    threads: int,
+) -> None: ...
