@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "activation.h"
+#include "halves.h"
 #include "matrix.h"
 
 namespace greenroom {
@@ -15,14 +16,23 @@ namespace {
 
 constexpr int kHeadTile = 4;  // query heads that share what is loaded of a key or value
 
+constexpr int kAhead = 2;     // blocks of positions between what is computed and what is fetched
+
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+
 // scores[n][position] of one block
 template <class V, int N>
-void score_block(const std::uint8_t* block, const float* const* q, int dim, float* const* scores) {
+void score_block(const std::uint8_t* block, const float* const* q, int dim, float* const* scores, bool first_tile) {
     constexpr int count = kPositions / V::kWidth;
     typename V::F sums[N][count];
     for (int n = 0; n < N; ++n)
         for (int i = 0; i < count; ++i) sums[n][i] = V::zero();
+    const std::int64_t ahead = first_tile ? kAhead * 2 * kPositions * dim : 0;
     for (int d = 0; d < dim; ++d) {
+        __builtin_prefetch(block + ahead + 2 * d * kPositions);
         typename V::F keys[count];
         for (int i = 0; i < count; ++i)
             keys[i] = V::template from_halves<true>(block + 2 * (d * kPositions + i * V::kWidth));
@@ -38,11 +48,16 @@ void score_block(const std::uint8_t* block, const float* const* q, int dim, floa
 // out[n][column .. column + 2 vectors) += weights[n][p] * values[p]
 template <class V, int N>
 void mix_columns(const std::uint8_t* values, int value_dim, int column, const float* const* weights, int positions,
-                 float* const* out) {
+                 float* const* out, bool first_tile) {
     typename V::F sums[N][2];
-    for (int n = 0; n < N; ++n) sums[n][0] = sums[n][1] = V::zero();
+    for (int n = 0; n < N; ++n) {
+        sums[n][0] = V::load(out[n] + column);
+        sums[n][1] = V::load(out[n] + column + V::kWidth);
+    }
+    const std::int64_t ahead = first_tile ? kAhead * 2 * kPositions * value_dim : 0;
     for (int p = 0; p < positions; ++p) {
         const std::uint8_t* from = values + 2 * (static_cast<std::int64_t>(p) * value_dim + column);
+        __builtin_prefetch(from + ahead);
         const auto first = V::template from_halves<true>(from);
         const auto second = V::template from_halves<true>(from + 2 * V::kWidth);
         for (int n = 0; n < N; ++n) {
@@ -57,73 +72,87 @@ void mix_columns(const std::uint8_t* values, int value_dim, int column, const fl
     }
 }
 
-// The columns that do not fill two vectors.
-template <class V>
-void mix_tail(const std::uint8_t* values, int value_dim, int column, const float* weights, int positions, float* out) {
-    for (; column < value_dim; ++column) {
-        float sum = 0.0f;
-        for (int p = 0; p < positions; ++p) {
-            std::uint8_t padded[2 * V::kWidth] = {};
-            std::memcpy(padded, values + 2 * (static_cast<std::int64_t>(p) * value_dim + column), 2);
-            float lanes[V::kWidth];
-            V::store(lanes, V::template from_halves<true>(padded));
-            sum += weights[p] * lanes[0];
-        }
-        out[column] = sum;
-    }
-}
-
-// Up to kHeadTile heads over one span; scores is scratch of kHeadTile rows of kSpan floats.
+// out[n] += weights[n][p] * values[p]
 template <class V, int N>
-void attend_tile(const Span& span, int head, float* scores) {
-    const float* q[N];
-    float *rows[N], *out[N];
-    for (int n = 0; n < N; ++n) {
-        q[n] = span.q + static_cast<std::int64_t>(head + n) * span.key_dim;
-        rows[n] = scores + n * kSpan;
-        out[n] = span.out + static_cast<std::int64_t>(head + n) * span.value_dim;
-    }
-    for (int at = 0; at < span.last; at += kPositions) {
-        float* block[N];
-        for (int n = 0; n < N; ++n) block[n] = rows[n] + at;
-        score_block<V, N>(span.keys + 2 * static_cast<std::int64_t>(at) * span.key_dim, q, span.key_dim, block);
-    }
-    const int positions = span.last - span.first;
-    const float* weights[N];
-    for (int n = 0; n < N; ++n) {
-        float* row = rows[n] + span.first;
-        float highest = row[0], sum = 0.0f;
-        for (int p = 1; p < positions; ++p) highest = row[p] > highest ? row[p] : highest;
-        for (int p = 0; p < positions; ++p) row[p] = exponential(row[p] - highest);
-        for (int p = 0; p < positions; ++p) sum += row[p];
-        span.highest[head + n] = highest;
-        span.sum[head + n] = sum;
-        weights[n] = row;
-    }
-    const std::uint8_t* values = span.values + 2 * static_cast<std::int64_t>(span.first) * span.value_dim;
-    int column = 0;
-    for (; column + 2 * V::kWidth <= span.value_dim; column += 2 * V::kWidth)
-        mix_columns<V, N>(values, span.value_dim, column, weights, positions, out);
-    for (int n = 0; n < N; ++n) mix_tail<V>(values, span.value_dim, column, weights[n], positions, out[n]);
-}
-
-template <class V>
-void mix(const std::uint8_t* values, int value_dim, const float* weights, int positions, float* out) {
+void mix_rows(const std::uint8_t* values, int value_dim, const float* const* weights, int positions, float* const* out,
+              bool first_tile) {
     int column = 0;
     for (; column + 2 * V::kWidth <= value_dim; column += 2 * V::kWidth)
-        mix_columns<V, 1>(values, value_dim, column, &weights, positions, &out);
-    mix_tail<V>(values, value_dim, column, weights, positions, out);
+        mix_columns<V, N>(values, value_dim, column, weights, positions, out, first_tile);
+    for (; column < value_dim; ++column)  // what does not fill two vectors
+        for (int p = 0; p < positions; ++p) {
+            const float value = float16_at(values + 2 * (static_cast<std::int64_t>(p) * value_dim + column));
+            for (int n = 0; n < N; ++n) out[n][column] += weights[n][p] * value;
+        }
+}
+
+// row[p] becomes e^(row[p] - highest); gives highest and the sum. Kept side by side, so that they are vectors.
+inline void exponentials(float* row, int count, float* highest, float* sum) {
+    constexpr int lanes = 16;
+    float tops[lanes], sums[lanes] = {};
+    for (float& top : tops) top = row[0];
+    int p = 0;
+    for (; p + lanes <= count; p += lanes)
+        for (int i = 0; i < lanes; ++i) tops[i] = row[p + i] > tops[i] ? row[p + i] : tops[i];
+    for (; p < count; ++p) tops[0] = row[p] > tops[0] ? row[p] : tops[0];
+    float top = tops[0];
+    for (float other : tops) top = other > top ? other : top;
+    for (p = 0; p < count; ++p) row[p] = exponential(row[p] - top);
+    for (p = 0; p + lanes <= count; p += lanes)
+        for (int i = 0; i < lanes; ++i) sums[i] += row[p + i];
+    for (; p < count; ++p) sums[0] += row[p];
+    float total = 0.0f;
+    for (float part : sums) total += part;
+    *highest = top;
+    *sum = total;
+}
+
+// A tile of up to kHeadTile heads, once with each number of them.
+template <class Body>
+void by_tiles(int heads, const Body& body) {
+    for (int head = 0; head < heads; head += kHeadTile) switch (heads - head) {
+            case 1: body(head, Count<1>{}); break;
+            case 2: body(head, Count<2>{}); break;
+            case 3: body(head, Count<3>{}); break;
+            default: body(head, Count<kHeadTile>{}); break;
+        }
 }
 
 template <class V>
 void attend(const Span& span) {
-    alignas(64) float scores[kHeadTile * kSpan];
-    for (int head = 0; head < span.heads; head += kHeadTile) switch (span.heads - head) {
-            case 1: attend_tile<V, 1>(span, head, scores); break;
-            case 2: attend_tile<V, 2>(span, head, scores); break;
-            case 3: attend_tile<V, 3>(span, head, scores); break;
-            default: attend_tile<V, kHeadTile>(span, head, scores); break;
-        }
+    alignas(64) float scores[kHeadsAtOnce][kSpan];
+    for (int at = 0; at < span.last; at += kPositions)
+        by_tiles(span.heads, [&](int head, auto count) {
+            const float* q[count.value];
+            float* to[count.value];
+            for (int n = 0; n < count.value; ++n) {
+                q[n] = span.q + static_cast<std::int64_t>(head + n) * span.key_dim;
+                to[n] = scores[head + n] + at;
+            }
+            const std::uint8_t* block = span.keys + 2 * static_cast<std::int64_t>(at) * span.key_dim;
+            score_block<V, count.value>(block, q, span.key_dim, to, head == 0);
+        });
+    for (int head = 0; head < span.heads; ++head)
+        exponentials(scores[head] + span.first, span.last - span.first, span.highest + head, span.sum + head);
+    for (std::int64_t i = 0; i < static_cast<std::int64_t>(span.heads) * span.value_dim; ++i) span.out[i] = 0.0f;
+    for (int at = span.first; at < span.last; at += kPositions)
+        by_tiles(span.heads, [&](int head, auto count) {
+            const float* weights[count.value];
+            float* out[count.value];
+            for (int n = 0; n < count.value; ++n) {
+                weights[n] = scores[head + n] + at;
+                out[n] = span.out + static_cast<std::int64_t>(head + n) * span.value_dim;
+            }
+            const int positions = span.last - at < kPositions ? span.last - at : kPositions;
+            const std::uint8_t* values = span.values + 2 * static_cast<std::int64_t>(at) * span.value_dim;
+            mix_rows<V, count.value>(values, span.value_dim, weights, positions, out, head == 0);
+        });
+}
+
+template <class V>
+void mix(const std::uint8_t* values, int value_dim, const float* weights, int positions, float* out) {
+    for (int i = 0; i < value_dim; ++i) out[i] = 0.0f;
+    mix_rows<V, 1>(values, value_dim, &weights, positions, &out, true);
 }
 
 }  // namespace

@@ -10,7 +10,6 @@ namespace greenroom {
 namespace {
 
 constexpr int kLanes = 16;         // sums that are kept side by side, so that compilers can use vectors
-constexpr int kHeadsAtOnce = 16;   // query heads that one thread takes
 constexpr std::int64_t kAloneNbytes = 64 << 10;  // of cache: below, waking a thread takes longer
 
 float inverse_root_mean_square(const float* x, std::int64_t count, float eps) {

@@ -49,6 +49,7 @@ using Activate = void (*)(const Gate& gate, const float* first, const float* up,
 // Gives, per head, sum of e^(score - highest) times the values in out [heads, value_dim], and highest and the sum.
 constexpr int kPositions = 32;  // positions in a block of keys
 constexpr int kSpan = 512;      // positions in a span
+constexpr int kHeadsAtOnce = 16;  // query heads of a Span, at most
 
 struct Span {
     const float* q;
