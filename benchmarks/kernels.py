@@ -1,78 +1,155 @@
-"""Packed kernels against the memory's floor: python benchmarks/kernels.py [--threads N].
+"""Packed kernels against the memory's floor: python benchmarks/kernels.py [--threads N] [--tokens N] [--reference].
 
-Prints the read bandwidth first. Then, per shape and width: time of the compiled kernels and of the reference on one
-token, and the share of the floor that the compiled ones reach. Matrices rotate, so that none stays in a cache.
+One call computes what one token asks of a layer's experts: gate and up, activation, down, of top-k experts. Records
+rotate through more memory than any cache holds, and the floor, the rate at which all threads together read memory, is
+measured beside each trial, because it drifts. Prints a line per model shape and format; the last line is one JSON
+object with all of them.
 """
 
 import argparse
+import dataclasses
+import json
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from greenroom.kernels import describe, linear, reference
+from greenroom.kernels import Activation, ExpertTask, describe, experts, reference
 from greenroom.machine import ram_bandwidth
+from greenroom.packed import RecordTensor
 from greenroom.quant import Format, Layout
+from greenroom.store import Arena
 
-Linear = Callable[..., torch.Tensor]
-
-SHAPES = [(14336, 4096), (1536, 2048), (3072, 576)]
-"""rows, cols: Mixtral 8x7B, Qwen3-30B-A3B (gate and up), the demo"""
-WIDTHS = [(2, 16), (3, 64), (4, 32), (4, 64), (8, 64), (16, 0)]
-"""bits, group size"""
-ROTATED_NBYTES = 192 << 20
+FORMATS = [(4, 64), (3, 64), (2, 16), (4, 32), (2, 64), (8, 64), (16, 0)]
+"""bits, group size; the first three are the defaults"""
 
 
-def matrices(rows: int, cols: int, format: Format) -> "list[torch.Tensor]":
-    """Random codes with tame scales."""
-    layout = Layout(rows, cols, format)
-    made = torch.randint(0, 256, (layout.nbytes,), dtype=torch.uint8)
-    if format.bits != 16:
-        layout.view(made, "row_params")[:] = torch.tensor([0.01, 1e-4, 1.0, 0.01], dtype=torch.bfloat16)
-    return [made.clone() for _ in range(max(1, ROTATED_NBYTES // layout.nbytes))]
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A layer's experts: `top_k` of them a token."""
+
+    name: str
+    hidden: int
+    inner: int
+    top_k: int
 
 
-def median_s(kernel: Linear, x: torch.Tensor, packed: "list[torch.Tensor]", *shape: Any, trials: int) -> float:
-    """Seconds a product, over `trials` rotations through `packed` after one that warms up."""
-    times = []
-    for _ in range(trials + 1):
-        start = time.perf_counter()
-        for one in packed:
-            kernel(x, one, *shape)
-        times.append((time.perf_counter() - start) / len(packed))
-    return statistics.median(times[1:])
+MODELS = [Model("Mixtral 8x7B", 4096, 14336, 2), Model("Qwen3 30B A3B", 2048, 768, 8)]
 
 
-def measure(x: torch.Tensor, rows: int, format: Format, floor: float, trials: int) -> str:
+def swiglu(hidden: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up."""
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+SWIGLU = Activation(gate=swiglu, kind="silu_and_mul")
+
+
+def layout(model: Model, format: Format) -> "list[RecordTensor]":
+    """The two matrices of an expert's record."""
+    first = RecordTensor(name="gate_up_proj", rows=2 * model.inner, cols=model.hidden, offset=0, format=format)
+    second = RecordTensor(name="down_proj", rows=model.hidden, cols=model.inner, offset=first.nbytes, format=format)
+    return [first, second]
+
+
+def records(its: "list[RecordTensor]", nbytes: int) -> "list[torch.Tensor]":
+    """Random codes with tame scales, about `nbytes` in all."""
+    size = -(-(its[1].offset + its[1].nbytes) // 4096) * 4096
+    count = max(2, nbytes // size)
+    arena = Arena(count, size)
+    memory = [arena.record(number) for number in range(count)]
+    memory[0].random_(0, 256)
+    if its[0].format.bits != 16:
+        for tensor in its:
+            shape = Layout(tensor.rows, tensor.cols, tensor.format)
+            shape.view(tensor.part(memory[0]), "row_params")[:] = torch.tensor([0.01, 1e-4, 1.0, 0.01])
+    for other in memory[1:]:
+        other.copy_(memory[0])
+    return memory
+
+
+@dataclasses.dataclass
+class Trial:
+    """What one rotation through the records took."""
+
+    floor: float
+    seconds: float
+    nbytes: int
+
+    @property
+    def share(self) -> float:
+        """Of the floor."""
+        return self.nbytes / self.seconds / self.floor
+
+
+def rotate(model: Model, its: "list[RecordTensor]", made: "list[torch.Tensor]", tokens: int) -> Trial:
+    """All records once, `top_k` a call, each for `tokens` tokens."""
+    x, rows = torch.randn(tokens, model.hidden), torch.arange(tokens)
+    calls = [
+        [ExpertTask(one, rows) for one in made[start : start + model.top_k]]
+        for start in range(0, len(made) - model.top_k + 1, model.top_k)
+    ]
+    floor = ram_bandwidth()
+    start = time.perf_counter()
+    for tasks in calls:
+        experts(x, tasks, its, SWIGLU)
+    seconds = time.perf_counter() - start
+    read = sum(tensor.nbytes for tensor in its)
+    return Trial(floor, seconds / len(calls), read * model.top_k)
+
+
+def measure(model: Model, format: Format, options: argparse.Namespace) -> "dict[str, object]":
     """One line of the table."""
-    cols = x.shape[1]
-    packed = matrices(rows, cols, format)
-    ours = median_s(linear, x, packed, rows, cols, format, trials=trials)
-    theirs = median_s(reference.linear, x, packed[:4], rows, cols, format, trials=3)
-    rate = packed[0].numel() / ours
-    return (
-        f"{rows:6} x {cols:<5} {format.name:15} {ours * 1e6:8.1f} us {rows * cols / ours / 1e9:6.2f} G weights/s "
-        f"{rate / 1e9:6.2f} GB/s = {rate / floor:5.3f} of the floor; "
-        f"reference {theirs * 1e6:8.1f} us ({theirs / ours:.1f} x)"
-    )
+    its = layout(model, format)
+    made = records(its, options.rotate << 20)
+    rotate(model, its, made, options.tokens)
+    trials = [rotate(model, its, made, options.tokens) for _ in range(options.trials)]
+    seconds = statistics.median(trial.seconds for trial in trials)
+    shares = sorted(trial.share for trial in trials)
+    weights = 3 * model.hidden * model.inner * model.top_k
+    found: dict[str, object] = {
+        "model": model.name,
+        "format": format.name,
+        "tokens": options.tokens,
+        "us": round(seconds * 1e6, 1),
+        "gb_per_s": round(trials[0].nbytes / seconds / 1e9, 2),
+        "floor_gb_per_s": round(statistics.median(trial.floor for trial in trials) / 1e9, 2),
+        "share": round(statistics.median(shares), 3),
+        "share_least": round(shares[0], 3),
+        "share_most": round(shares[-1], 3),
+        "gmac_per_s": round(weights * options.tokens / seconds / 1e9, 1),
+    }
+    if options.reference:
+        x, task = torch.randn(options.tokens, model.hidden), ExpertTask(made[0], torch.arange(options.tokens))
+        start = time.perf_counter()
+        reference.experts(x, [task], its, SWIGLU)
+        found["of_reference"] = round((time.perf_counter() - start) * model.top_k / seconds, 1)
+    return found
 
 
 def main() -> None:
     """Measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tokens", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=1, help="tokens for each expert")
     parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--rotate", type=int, default=1024, metavar="MIB", help="memory that records rotate through")
+    parser.add_argument("--formats", nargs="*", default=[], metavar="BITSgGROUP", help="for example 4g64 2g16")
+    parser.add_argument("--reference", action="store_true", help="time torch too, on one expert")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    floor = ram_bandwidth()
-    print(f"{describe()}; floor: RAM {floor / 1e9:.1f} GB/s; tokens: {options.tokens}")
-    for rows, cols in SHAPES:
-        for bits, group in WIDTHS:
-            format = Format(bits=bits, group_size=group)
-            print(measure(torch.randn(options.tokens, cols), rows, format, floor, options.trials), flush=True)
+    print(f"{describe()}; floor: RAM {ram_bandwidth() / 1e9:.1f} GB/s")
+    found = []
+    for bits, group in FORMATS:
+        if options.formats and f"{bits}g{group}" not in options.formats:
+            continue
+        for model in MODELS:
+            line = measure(model, Format(bits=bits, group_size=group), options)
+            print("  ".join(f"{key}={value}" for key, value in line.items()), flush=True)
+            found.append(line)
+    print(json.dumps({"kernel": describe(), "threads": options.threads, "results": found}))
 
 
 if __name__ == "__main__":

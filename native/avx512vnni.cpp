@@ -85,10 +85,12 @@ struct Avx512Vnni {
     // Per 32-bit element the sum of N vectors of codes times 256 hi + lo.
     template <int N>
     static F dot(const I* q, const std::uint8_t* planes) {
-        I sum = _mm512_setzero_si512();
-        for (int i = 0; i < N; ++i) sum = _mm512_dpbusd_epi32(sum, q[i], _mm512_loadu_si512(planes + 128 * i));
-        sum = _mm512_slli_epi32(sum, 8);
-        for (int i = 0; i < N; ++i) sum = _mm512_dpbusd_epi32(sum, q[i], _mm512_loadu_si512(planes + 128 * i + 64));
+        I hi = _mm512_setzero_si512();
+        for (int i = 0; i < N; ++i) hi = _mm512_dpbusd_epi32(hi, q[i], _mm512_loadu_si512(planes + 128 * i));
+        hi = _mm512_slli_epi32(hi, 8);
+        I lo = N > 2 ? _mm512_setzero_si512() : hi;
+        for (int i = 0; i < N; ++i) lo = _mm512_dpbusd_epi32(lo, q[i], _mm512_loadu_si512(planes + 128 * i + 64));
+        const I sum = N > 2 ? _mm512_add_epi32(hi, lo) : lo;
         return _mm512_cvtepi32_ps(sum);
     }
 };

@@ -151,35 +151,30 @@ struct Tile {
     const std::uint8_t* const* x;
     F sum[R][N];
 
-    // A chunk from `column` on. WHOLE: all its bytes are the row's.
+    // A chunk from `column` on. WHOLE: all its bytes are the row's. Sums of the same row stand apart in the stream of
+    // instructions, because each waits for the one before.
     template <bool WHOLE>
     GREENROOM_INLINE void add(std::int64_t column) {
-        if constexpr (N > 1) return add_rows<WHOLE, R>(column, 0);
-        for (int r = 0; r < R; ++r) add_rows<WHOLE, 1>(column, r);  // one by one, so that codes stay in registers
-    }
-
-    template <bool WHOLE, int COUNT>
-    GREENROOM_INLINE void add_rows(std::int64_t column, int first) {
-        typename V::template Packed<BITS> packed[COUNT];
-        F scales[COUNT];
+        typename V::template Packed<BITS> packed[R];
+        F scales[R];
         const std::int64_t byte = column / 8 * BITS;
-        for (int r = 0; r < COUNT; ++r) {
-            const std::uint8_t* from = codes + (first + r) * row_nbytes + byte;
-            if (N == 1) __builtin_prefetch(from + R * row_nbytes);
+        for (int r = 0; r < R; ++r) {
+            const std::uint8_t* from = codes + r * row_nbytes + byte;
+            if (N == 1) __builtin_prefetch(from + R * row_nbytes);  // the memory's own guesses end with a row
             packed[r].load(from, WHOLE ? C::nbytes : row_nbytes - byte);
-            scales[r] = V::template load_groups<C::groups>(scale + (first + r) * groups + column / GROUP);
+            scales[r] = V::template load_groups<C::groups>(scale + r * groups + column / GROUP);
         }
         for (int i = 0; i < C::sums; ++i) {
-            typename V::I q[COUNT][C::per_sum];
-            F s[COUNT];
-            for (int r = 0; r < COUNT; ++r) {
+            typename V::I q[R][C::per_sum];
+            F s[R];
+            for (int r = 0; r < R; ++r) {
                 for (int v = 0; v < C::per_sum; ++v) q[r][v] = packed[r].template codes<C::in_place>(i * C::per_sum + v);
                 s[r] = V::template pick<C::groups>(scales[r], group_of.index[i]);
             }
             for (int n = 0; n < N; ++n) {
                 const std::uint8_t* planes = x[n] + 2 * column + i * C::per_sum * 2 * V::kBytes;
-                for (int r = 0; r < COUNT; ++r)
-                    sum[first + r][n] = V::fma(V::template dot<C::per_sum>(q[r], planes), s[r], sum[first + r][n]);
+                for (int r = 0; r < R; ++r)
+                    sum[r][n] = V::fma(V::template dot<C::per_sum>(q[r], planes), s[r], sum[r][n]);
             }
         }
     }
