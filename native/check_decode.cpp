@@ -1,0 +1,195 @@
+// Runs the decoder's parts on every instruction set of this machine, over buffers of exactly the size they should have,
+// to be built with sanitizers like check.cpp. Attention is compared with double precision here, whole layers with
+// transformers' modules in tests/test_decode.py.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "decode.h"
+
+using namespace greenroom;
+
+namespace {
+
+int failures = 0, checks = 0;
+std::mt19937 random_bits(7);
+
+void expect(bool holds, const char* what, int a, int b, const char* isa) {
+    ++checks;
+    if (holds) return;
+    ++failures;
+    std::printf("FAILED %s: %d, %d, %s\n", what, a, b, isa);
+}
+
+float number() { return static_cast<float>(static_cast<int>(random_bits() % 2001) - 1000) / 1000.0f; }
+
+// A float16 of magnitude below 2 and its value: sign, exponent 7 to 15, ten bits.
+std::uint16_t half(double* value) {
+    const unsigned bits = random_bits(), sign = bits & 1, exponent = 7 + bits / 2 % 9, fraction = bits >> 8 & 1023;
+    *value = (sign ? -1.0 : 1.0) * std::ldexp(1.0 + fraction / 1024.0, static_cast<int>(exponent) - 15);
+    return static_cast<std::uint16_t>(sign << 15 | exponent << 10 | fraction);
+}
+
+template <class T>
+std::unique_ptr<T[]> array(std::int64_t count) {
+    return std::unique_ptr<T[]>(new T[static_cast<std::size_t>(count)]());
+}
+
+void check_attend(const Isa& isa, int heads, int key_dim, int value_dim, int first, int last) {
+    const int blocks = (last + kPositions - 1) / kPositions;
+    auto keys = array<std::uint16_t>(blocks * kPositions * key_dim), values = array<std::uint16_t>(last * value_dim);
+    std::vector<double> k(static_cast<std::size_t>(last * key_dim)), v(static_cast<std::size_t>(last * value_dim));
+    for (int p = 0; p < last; ++p) {
+        for (int d = 0; d < key_dim; ++d)
+            keys[(p / kPositions * key_dim + d) * kPositions + p % kPositions] = half(&k[static_cast<std::size_t>(p * key_dim + d)]);
+        for (int d = 0; d < value_dim; ++d) values[p * value_dim + d] = half(&v[static_cast<std::size_t>(p * value_dim + d)]);
+    }
+    auto q = array<float>(heads * key_dim), out = array<float>(heads * value_dim), highest = array<float>(heads), sum = array<float>(heads);
+    for (int i = 0; i < heads * key_dim; ++i) q[i] = number() / std::sqrt(static_cast<float>(key_dim));
+    isa.attend({q.get(), heads, key_dim, value_dim, reinterpret_cast<std::uint8_t*>(keys.get()),
+                reinterpret_cast<std::uint8_t*>(values.get()), first, last, out.get(), highest.get(), sum.get()});
+    double worst = 0.0;
+    for (int head = 0; head < heads; ++head) {
+        std::vector<double> mixed(static_cast<std::size_t>(value_dim));
+        double total = 0.0;
+        for (int p = first; p < last; ++p) {
+            double score = 0.0;
+            for (int d = 0; d < key_dim; ++d) score += static_cast<double>(q[head * key_dim + d]) * k[static_cast<std::size_t>(p * key_dim + d)];
+            const double weight = std::exp(score - static_cast<double>(highest[head]));
+            total += weight;
+            for (int d = 0; d < value_dim; ++d) mixed[static_cast<std::size_t>(d)] += weight * v[static_cast<std::size_t>(p * value_dim + d)];
+        }
+        worst = std::max(worst, std::abs(total / static_cast<double>(sum[head]) - 1.0));
+        for (int d = 0; d < value_dim; ++d)
+            worst = std::max(worst, std::abs(mixed[static_cast<std::size_t>(d)] - static_cast<double>(out[head * value_dim + d])) / total);
+    }
+    expect(worst < 1e-5, "attend", heads, last, isa.name);
+}
+
+void check_mix(const Isa& isa, int value_dim, int positions) {
+    auto values = array<std::uint16_t>(positions * value_dim);
+    auto weights = array<float>(positions), out = array<float>(value_dim);
+    std::vector<double> want(static_cast<std::size_t>(value_dim));
+    for (int p = 0; p < positions; ++p) {
+        weights[p] = number();
+        for (int d = 0; d < value_dim; ++d) {
+            double value;
+            values[p * value_dim + d] = half(&value);
+            want[static_cast<std::size_t>(d)] += static_cast<double>(weights[p]) * value;
+        }
+    }
+    isa.mix(reinterpret_cast<std::uint8_t*>(values.get()), value_dim, weights.get(), positions, out.get());
+    double worst = 0.0;
+    for (int d = 0; d < value_dim; ++d) worst = std::max(worst, std::abs(want[static_cast<std::size_t>(d)] - static_cast<double>(out[d])));
+    expect(worst < 1e-5 * positions, "mix", value_dim, positions, isa.name);
+}
+
+// Keeps what descriptions point to.
+struct Memory {
+    std::vector<std::unique_ptr<std::uint8_t[]>> bytes;
+    std::vector<std::unique_ptr<float[]>> floats;
+
+    Weights matrix(std::int64_t rows, std::int64_t cols) {
+        const Shape shape{rows, cols, 16, 0, true};
+        bytes.push_back(array<std::uint8_t>(shape.nbytes()));
+        for (std::int64_t i = 0; i < rows * cols; ++i) {
+            double value;
+            const std::uint16_t bits = half(&value);
+            std::memcpy(bytes.back().get() + 2 * i, &bits, 2);
+        }
+        return {bytes.back().get(), shape, nullptr};
+    }
+    const float* vector(std::int64_t count) {
+        floats.push_back(array<float>(count));
+        for (std::int64_t i = 0; i < count; ++i) floats.back()[i] = number();
+        return floats.back().get();
+    }
+};
+
+constexpr int kWidth = 40, kHeads = 6, kKvHeads = 2, kDim = 12, kLatent = 20, kRotary = 8;
+
+DecoderLayer grouped(Memory& memory) {
+    DecoderLayer layer;
+    Attention attention;
+    attention.query = memory.matrix(kHeads * kDim, kWidth), attention.key = memory.matrix(kKvHeads * kDim, kWidth);
+    attention.value = memory.matrix(kKvHeads * kDim, kWidth), attention.output = memory.matrix(kWidth, kHeads * kDim);
+    attention.query.bias = memory.vector(kHeads * kDim);
+    attention.query_norm = {memory.vector(kDim), 1e-5f}, attention.key_norm = {memory.vector(kDim), 1e-5f};
+    attention.norm_each_head = true, attention.clip = 8.0f, attention.scale = 0.3f, attention.sinks = memory.vector(kHeads);
+    attention.heads = kHeads, attention.kv_heads = kKvHeads, attention.head_dim = kDim, attention.rotary_dim = kRotary;
+    layer.attention = attention;
+    Router router;
+    router.weights = memory.matrix(12, kWidth), router.correction = memory.vector(12), router.scores = Router::Scores::sigmoid;
+    router.top_k = 3, router.groups = 4, router.top_groups = 2, router.group_by_two = true, router.normalize = true;
+    layer.router = router;
+    layer.mlp = Mlp{memory.matrix(28, kWidth), memory.matrix(28, kWidth), memory.matrix(kWidth, 28), memory.matrix(1, kWidth)};
+    return layer;
+}
+
+DecoderLayer latent(Memory& memory) {
+    DecoderLayer layer;
+    LatentAttention attention;
+    attention.query_down = memory.matrix(16, kWidth), attention.query = memory.matrix(kHeads * (kDim + kRotary), 16);
+    attention.latent = memory.matrix(kLatent + kRotary, kWidth), attention.output = memory.matrix(kWidth, kHeads * kDim);
+    attention.query_norm = {memory.vector(16), 1e-5f}, attention.latent_norm = {memory.vector(kLatent), 1e-5f};
+    attention.key_up = memory.matrix(kHeads * kDim, kLatent).packed;
+    attention.value_up = memory.matrix(kHeads * kLatent, kDim).packed;
+    attention.heads = kHeads, attention.nope_dim = kDim, attention.rotary_dim = kRotary, attention.latent_dim = kLatent;
+    attention.value_dim = kDim, attention.rotation = Rotation::pairs_to_halves, attention.scale = 0.3f;
+    layer.latent_attention = attention;
+    layer.mlp = Mlp{memory.matrix(28, kWidth), memory.matrix(28, kWidth), memory.matrix(kWidth, 28), {}};
+    return layer;
+}
+
+std::vector<float> decode(const std::vector<DecoderLayer>& layers, const float* norm, int tokens, int threads) {
+    std::vector<float> hidden(kWidth), normed(kWidth), outputs(3 * kWidth, 0.25f), seen;
+    const float cosine[] = {1.0f, 0.5f, 0.25f, 0.0f}, sine[] = {0.0f, 0.5f, 0.75f, 1.0f};
+    Decoder decoder(layers, kWidth, hidden.data(), normed.data());
+    const std::int64_t capacity = (tokens + kPositions - 1) / kPositions * kPositions;
+    auto keys = array<std::uint16_t>(2 * capacity * (kLatent + kRotary)), values = array<std::uint16_t>(2 * capacity * kLatent);
+    auto more_keys = array<std::uint16_t>(2 * capacity * (kLatent + kRotary)), more_values = array<std::uint16_t>(2 * capacity * kLatent);
+    const auto bytes = [](auto& it) { return reinterpret_cast<std::uint8_t*>(it.get()); };
+    for (int token = 0; token < tokens; ++token) {
+        for (int i = 0; i < kWidth; ++i) hidden[static_cast<std::size_t>(i)] = static_cast<float>((token * 7 + i * 3) % 11 - 5);
+        const std::int64_t first = token > 100 ? token - 70 : 0;
+        const Chosen chosen = decoder.attend(0, {bytes(keys), bytes(values), capacity, first, token}, cosine, sine, threads);
+        decoder.shared(0, threads);
+        decoder.combine(0, outputs.data(), chosen.weights);
+        decoder.attend(1, {bytes(more_keys), bytes(more_values), capacity, 0, token}, cosine, sine, threads);
+        decoder.finish({norm, 1e-5f});
+        seen.insert(seen.end(), normed.begin(), normed.end());
+    }
+    return seen;
+}
+
+void check_decoder(const Isa& isa) {
+    Memory memory;
+    std::vector<DecoderLayer> layers{grouped(memory), latent(memory)};
+    for (DecoderLayer& layer : layers)
+        layer.before_attention = {memory.vector(kWidth), 1e-5f}, layer.before_mlp = {memory.vector(kWidth), 1e-5f};
+    const float* norm = memory.vector(kWidth);
+    const std::vector<float> want = decode(layers, norm, 1100, 1);
+    bool finite = true;
+    for (float value : want) finite = finite && std::isfinite(value);
+    expect(finite, "decoder: finite", 0, 0, isa.name);
+    for (int threads : {2, 3}) expect(decode(layers, norm, 1100, threads) == want, "decoder: the same bits", threads, 0, isa.name);
+}
+
+}  // namespace
+
+int main() {
+    for (const Isa* isa : available()) {
+        choose(isa->name);
+        for (int heads : {1, 3, 4, 7, 16})
+            for (int last : {1, 31, 32, 33, 200, kSpan}) check_attend(*isa, heads, 24, 20, 0, last);
+        check_attend(*isa, 8, 128, 128, 17, 490);
+        check_attend(*isa, 16, 72, 64, 511, kSpan);
+        for (int value_dim : {4, 16, 33, 512}) check_mix(*isa, value_dim, 19);
+        check_decoder(*isa);
+    }
+    std::printf("decoder: %d checks, %d failures\n", checks, failures);
+    return failures == 0 ? 0 : 1;
+}
