@@ -264,7 +264,7 @@ def test_the_document_says_what_is_served() -> None:
 def render() -> str:
     """The document: a row per class, from packing it at 16 bits and comparing its logits with transformers'."""
     rows = [row(name) for name in sorted(ALL, key=lambda name: (folder_of(name), name))]
-    rows += [f"| {name} | | | no: {reason} |" for name, reason in sorted(UNSERVED.items())]
+    rows += [f"| {name} | | | no: {reason} | |" for name, reason in sorted(UNSERVED.items())]
     served = {folder_of(name) for name in ALL if not refusal(name)}
     return "\n".join([*header(len(served)), *rows]) + "\n"
 
@@ -285,8 +285,11 @@ def header(served: int) -> "list[str]":
         "*Experts on disk* is how transformers saves them, and how published checkpoints hold them. Where that is one",
         "tensor per expert, a checkpoint whose experts are stacked, as they are in the running model, packs as well.",
         "",
-        "| family | class | experts on disk | served |",
-        "|---|---|---|---|",
+        "*Decodes* says what computes single tokens: compiled code, where it understands the decoder and agrees with its",
+        "modules (see [design.md](design.md)), or transformers' modules.",
+        "",
+        "| family | class | experts on disk | served | decodes |",
+        "|---|---|---|---|---|",
     ]
 
 
@@ -294,7 +297,7 @@ def row(name: str) -> str:
     case = case_of(name)
     reason = refusal(name)
     served = f"no: {reason}" if reason else "yes"
-    return f"| {folder_of(name)} | `{type(case.model).__name__}` | {form_on_disk(case)} | {served} |"
+    return f"| {folder_of(name)} | `{type(case.model).__name__}` | {form_on_disk(case)} | {served} | {decoder(name)} |"
 
 
 @functools.cache
@@ -306,6 +309,14 @@ def refusal(name: str) -> str:
     except UnsupportedModelError as error:
         return REFUSED.get(name, str(error))
     return "" if moved < TOLERANCE else "its logits differ from transformers'"
+
+
+def decoder(name: str) -> str:
+    """What decodes its single tokens; empty for a class that is not served."""
+    if refusal(name):
+        return ""
+    with running(case_of(name).pack(16)) as engine:
+        return "modules" if engine.decode.prove() else "compiled"
 
 
 def form_on_disk(case: Case) -> str:

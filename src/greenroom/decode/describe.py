@@ -218,7 +218,7 @@ class _Describer:
         experts = module.experts
         if not seam.activation_kind(experts) or experts.has_post_expert_norm:
             raise NotUnderstoodError(f"{type(experts).__name__} are not computed by the compiled kernels")
-        described.router = self._router(getattr(module, gates.pop()))
+        described.router = self._router(getattr(module, gates.pop()), module)
         if shared:
             mlp = self._mlp(getattr(module, shared.pop()))
             if hasattr(module, "shared_expert_gate"):
@@ -235,26 +235,26 @@ class _Describer:
         found.down = self.weights(module.down_proj)
         return found
 
-    def _router(self, module: Any) -> Any:
-        own = dict(module.named_parameters()) | dict(module.named_buffers())
-        if not {"weight"} <= own.keys() <= {"weight", "bias", "e_score_correction_bias"} or not hasattr(
-            module, "top_k"
-        ):
+    def _router(self, module: Any, block: Any) -> Any:
+        own = dict(module.named_parameters()) | dict(module.named_buffers()) | dict(block.named_buffers(recurse=False))
+        plain = {"weight"} <= own.keys() <= {"weight", "bias", "e_score_correction_bias"}
+        if not plain or not hasattr(module, "top_k"):
             raise NotUnderstoodError(f"{type(module).__name__} is not a plain router")
         scores = self.core.Router.Scores
         found = self.core.Router()
         found.weights, found.top_k = self.matrix(own["weight"], own.get("bias")), int(module.top_k)
         self.top_k = max(self.top_k, found.top_k)
         found.scores = scores.softmax_of_chosen if "bias" in own else scores.softmax
-        found.normalize = "bias" not in own and bool(
-            getattr(module, "norm_topk_prob", not hasattr(module, "topk_method"))
-        )
-        found.scale = float(getattr(module, "routed_scaling_factor", None) or 1.0)
+        unless_said = not hasattr(module, "topk_method")  # Mixtral always does, DeepSeek-V2 never
+        found.normalize = "bias" not in own and bool(getattr(module, "norm_topk_prob", unless_said))
+        factors = (getattr(module, f"{name}_scaling_factor", None) for name in ("routed", "router"))
+        found.scale = float(next((factor for factor in factors if factor), 1.0))
         if "e_score_correction_bias" in own:
             found.scores, found.correction = scores.sigmoid, self._pointer(own["e_score_correction_bias"])
             found.group_by_two = True
         if "e_score_correction_bias" in own or getattr(module, "topk_method", "") == "group_limited_greedy":
-            found.groups, found.top_groups = int(module.num_group or 1), int(module.topk_group or 1)
+            found.groups = int(getattr(module, "num_group", 1) or 1)
+            found.top_groups = int(getattr(module, "topk_group", 1) or 1)
         return found
 
 

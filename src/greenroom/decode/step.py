@@ -100,15 +100,16 @@ class DecodeStep:
             return False
         if self._base.training or self._watched():
             return False
-        if not self._tried:
-            self._try()
-        return not self.reason
+        return not self.prove()
 
     def _watched(self) -> bool:
         """Whether somebody hooked a module: hooks see the modules' own way."""
         return any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
 
-    def _try(self) -> None:
+    def prove(self) -> str:
+        """Describe the decoder and compare it with its modules, unless that is done; gives `reason`."""
+        if self._tried:
+            return self.reason
         self._tried = True
         try:
             self._parts = parts = describe(self._base)
@@ -121,6 +122,7 @@ class DecodeStep:
             self.reason = str(error)
         except Exception as error:  # modelling code of any family: what cannot be described runs as before
             self.reason = f"{type(error).__name__}: {error}"
+        return self.reason
 
     def _step(
         self,
