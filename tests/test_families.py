@@ -39,6 +39,8 @@ BITS = {
 SETTINGS = EngineSettings(experts_per_layer=1, prefetch=1, validate=True, context=64)
 TOLERANCE = 1e-4
 """largest |difference| / largest |logit|; float32 sums in another order stay near 1e-6"""
+ROUNDED = 2e-3
+"""the same below 16 bits: products round activations to 16-bit integers, and these weights exaggerate"""
 CONTROL = 1e-3
 """what one wrong expert moves at least"""
 NEW_TOKENS = 6
@@ -137,8 +139,8 @@ def test_16_bits_equal_transformers(case: Case) -> None:
 def test_4_bits_equal_transformers_on_the_dequantised_weights(case: Case) -> None:
     packed = case.pack(4)
     want = families.logits(dequantised(case, packed), **case.inputs)
-    assert distance(run(case, packed), want) < TOLERANCE
-    assert distance(want, case.want) > CONTROL, "the oracle still has the weights that were packed"
+    assert distance(run(case, packed), want) < ROUNDED
+    assert distance(want, case.want) > 5 * ROUNDED, "the oracle still has the weights that were packed"
 
 
 @each(GENERATING)
