@@ -22,21 +22,23 @@ namespace greenroom {
 namespace {
 
 constexpr std::int64_t kPanel = 512;
+constexpr std::int64_t kAhead = 16 << 10;  // bytes of codes that are fetched early, at least
 constexpr float kTop = 32639.0f;  // so that hi and lo are signed bytes
 
-// How codes of BITS bits, in groups of GROUP columns, fill a chunk of vectors of NBYTES bytes.
-template <int NBYTES, int BITS, int GROUP>
+// How codes of BITS bits, in groups of GROUP columns, fill a chunk of V's vectors.
+template <class V, int BITS, int GROUP>
 struct Chunk {
+    static constexpr int width = V::kBytes;
     static constexpr int low = BITS == 3 ? 2 : BITS;                        // bits that lie as shifted lanes
-    static constexpr int lane = 8 * low < NBYTES ? 8 * low : NBYTES;        // columns of a block side by side in a vector
+    static constexpr int lane = 8 * low < width ? 8 * low : width;         // columns of a block side by side in a vector
     static constexpr int vectors = 64 / lane;                               // of codes, unpacked
-    static constexpr int blocks = NBYTES / lane;
+    static constexpr int blocks = width / lane;
     static constexpr int columns = blocks * kBlock;
     static constexpr int nbytes = columns * BITS / 8;                       // packed
     static constexpr int sums = GROUP >= 64 ? 1 : 64 / GROUP < vectors ? 64 / GROUP : vectors;  // of whole groups each
     static constexpr int per_sum = vectors / sums;                          // vectors
     // A vector with a sum of its own may keep its codes where they lie in the byte: `shift` bits up, made good by the scale.
-    static constexpr bool in_place = per_sum == 1 && vectors > 1 && BITS != 3;
+    static constexpr bool in_place = V::kInPlace && per_sum == 1 && vectors > 1 && BITS != 3;
     static constexpr int shift(int group) { return in_place ? low * (group * GROUP % 64 / lane) : 0; }
     static constexpr int groups = columns <= GROUP ? 1 : columns / GROUP;   // that it has a part of
 
@@ -141,12 +143,12 @@ void prepare_integers(const Matrix& matrix, const float* x, std::uint8_t* prepar
 // R rows from `row` on times N vectors, as the sums are made: see the formula above.
 template <class V, int BITS, int GROUP, int R, int N>
 struct Tile {
-    using C = Chunk<V::kBytes, BITS, GROUP>;
+    using C = Chunk<V, BITS, GROUP>;
     using F = typename V::F;
     static constexpr GroupOf<C, V::kWidth> group_of{};
 
     const std::uint8_t* codes;
-    std::int64_t row_nbytes, groups;
+    std::int64_t row_nbytes, groups, ahead;
     const float* scale;
     const std::uint8_t* const* x;
     F sum[R][N];
@@ -160,7 +162,8 @@ struct Tile {
         const std::int64_t byte = column / 8 * BITS;
         for (int r = 0; r < R; ++r) {
             const std::uint8_t* from = codes + r * row_nbytes + byte;
-            if (N == 1) __builtin_prefetch(from + R * row_nbytes);  // the memory's own guesses end with a row
+            if (N == 1)  // lines in the order in which they lie: the memory's own guesses join in
+                for (int i = 0; i < C::nbytes; i += C::nbytes > V::kBytes ? 48 : 64) __builtin_prefetch(codes + ahead + R * byte + r * C::nbytes + i);
             packed[r].load(from, WHOLE ? C::nbytes : row_nbytes - byte);
             scales[r] = V::template load_groups<C::groups>(scale + r * groups + column / GROUP);
         }
@@ -183,12 +186,13 @@ struct Tile {
 template <class V, int BITS, int GROUP, int R, int N>
 void integer_tile(const Matrix& matrix, std::int64_t row, const std::uint8_t* const* x, float* const* y,
                   const float* scale, const float* offset) {
-    using C = Chunk<V::kBytes, BITS, GROUP>;
+    using C = Chunk<V, BITS, GROUP>;
     using F = typename V::F;
     const Prepared at(matrix, C::columns);
     const std::int64_t groups = padded_groups(matrix), columns = at.scales / 2;
     const std::int64_t whole = matrix.code_row_bytes / C::nbytes * C::columns;
-    Tile<V, BITS, GROUP, R, N> tile{matrix.codes + row * matrix.code_row_bytes, matrix.code_row_bytes, groups, scale, x, {}};
+    Tile<V, BITS, GROUP, R, N> tile{matrix.codes + row * matrix.code_row_bytes, matrix.code_row_bytes, groups,
+                                     matrix.code_row_bytes * R > kAhead ? matrix.code_row_bytes * R : kAhead, scale, x, {}};
     F total[R][N];
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) total[r][n] = V::zero();
@@ -230,7 +234,7 @@ void integer_rows(const Matrix& matrix, std::int64_t row, const std::uint8_t* co
 
 template <class V, int BITS, int GROUP>
 struct Integer {
-    using C = Chunk<V::kBytes, BITS, GROUP>;
+    using C = Chunk<V, BITS, GROUP>;
     static constexpr bool kForMany = true;
 
     static std::int64_t nbytes(const Matrix& matrix) { return Prepared(matrix, C::columns).nbytes; }
