@@ -119,17 +119,22 @@ void check_linear(const Shape& shape, const char* isa, std::mt19937& random) {
     }
 }
 
-void check_experts(const Shape& first, bool gated, const char* isa, std::mt19937& random) {
-    const Shape second{first.cols, gated ? first.rows / 2 : first.rows, first.bits, first.group_size, false};
-    const std::int64_t nbytes = first.nbytes() + second.nbytes();
+void check_experts(const Shape& first, Order order, const char* isa, std::mt19937& random) {
+    const Shape second{first.cols, order == Order::alone ? first.rows : first.rows / 2, first.bits, first.group_size, false};
+    const bool biased = order == Order::turns;
+    const std::int64_t matrices = first.nbytes() + second.nbytes();
+    const std::int64_t nbytes = matrices + (biased ? 2 * (first.rows + second.rows) : 0);
     Bytes records[3];
     for (Bytes& record : records) {
         record.reset(new std::uint8_t[static_cast<std::size_t>(nbytes)]);
         std::memcpy(record.get(), random_matrix(first, random).get(), static_cast<std::size_t>(first.nbytes()));
         std::memcpy(record.get() + first.nbytes(), random_matrix(second, random).get(),
                     static_cast<std::size_t>(second.nbytes()));
+        for (std::int64_t i = matrices; i < nbytes; ++i) record[i] = static_cast<std::uint8_t>(i % 2 ? 0x3f : random());
     }
-    const Gate gate{Function::silu, gated ? Order::halves : Order::alone, 1, std::numeric_limits<float>::infinity(), 0};
+    const Gate gate{Function::silu, order, 1, std::numeric_limits<float>::infinity(), 0};
+    const ExpertLayout layout{first, second, 0, first.nbytes(), biased ? matrices : -1,
+                              biased ? matrices + 2 * first.rows : -1, false, gate};
     const std::vector<float> x = random_vectors(4 * first.cols, random);
     const std::int64_t rows[3][2] = {{0, 3}, {2, 2}, {1, 0}};
     const auto run = [&](int from, int to, int threads) {
@@ -137,7 +142,7 @@ void check_experts(const Shape& first, bool gated, const char* isa, std::mt19937
         std::vector<Task> tasks;
         for (int t = from; t < to; ++t)
             tasks.push_back({records[t].get(), rows[t], 2, out.data() + (t - from) * 2 * second.rows});
-        experts(x.data(), tasks, {first, second, 0, first.nbytes(), -1, -1, false, gate}, threads);
+        experts(x.data(), tasks, layout, threads);
         return out;
     };
     const std::vector<float> all = run(0, 3, 4);
@@ -165,7 +170,7 @@ int main() {
                     for (const std::int64_t cols : {1, 48, 64, 80, 576}) {
                         const Shape shape{rows, cols, bits, bits == 16 ? 0 : group, false};
                         check_linear(shape, isa->name, random);
-                        if (rows > 1) check_experts(shape, group != 32, isa->name, random);
+                        if (rows > 1) check_experts(shape, static_cast<Order>(group / 32 % 3), isa->name, random);
                     }
             }
     }

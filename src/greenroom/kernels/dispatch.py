@@ -37,7 +37,7 @@ def linear(
 
 
 def describe(dtype: torch.dtype = torch.float32) -> str:
-    """Which kernel serves activations of `dtype`: "native (AVX-512, 2 threads)", "reference (torch): …".
+    """Which kernel serves activations of `dtype`: "native (AVX-512 VNNI, 2 threads)", "reference (torch): …".
 
     Raises ConfigError where GREENROOM_ISA names what this machine lacks.
     """
