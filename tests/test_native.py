@@ -67,9 +67,11 @@ def distance(found: torch.Tensor, wanted: torch.Tensor, typical: float = 0.0) ->
 
 
 def rounding(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What rounding x [n, cols] to 16 bits may change in x times weight [rows, cols], transposed: an element is off by up
-    to half a step of its panel's largest over 32639, so the sum's standard deviation is at most step · norm / √12; six
-    of those."""
+    """What rounding x [n, cols] to 16 bits may change in x times weight [rows, cols], transposed.
+
+    An element is off by up to half a step of its panel's largest over 32639, so the sum's standard deviation is at most
+    step · norm / √12; six of those.
+    """
     step = x.abs().amax(1, keepdim=True) / 32639
     return 6 * step * weight.norm(dim=1) / 12**0.5
 
