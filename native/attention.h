@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kHeadTile = 4;  // query heads that share what is loaded of a key or value
 
-constexpr int kAhead = 2;     // blocks of positions between what is computed and what is fetched
+constexpr int kBlocksAhead = 2;     // blocks of positions between what is computed and what is fetched
 
 template <int N>
 struct Count {
@@ -30,7 +30,7 @@ void score_block(const std::uint8_t* block, const float* const* q, int dim, floa
     typename V::F sums[N][count];
     for (int n = 0; n < N; ++n)
         for (int i = 0; i < count; ++i) sums[n][i] = V::zero();
-    const std::int64_t ahead = first_tile ? kAhead * 2 * kPositions * dim : 0;
+    const std::int64_t ahead = first_tile ? kBlocksAhead * 2 * kPositions * dim : 0;
     for (int d = 0; d < dim; ++d) {
         __builtin_prefetch(block + ahead + 2 * d * kPositions);
         typename V::F keys[count];
@@ -54,7 +54,7 @@ void mix_columns(const std::uint8_t* values, int value_dim, int column, const fl
         sums[n][0] = V::load(out[n] + column);
         sums[n][1] = V::load(out[n] + column + V::kWidth);
     }
-    const std::int64_t ahead = first_tile ? kAhead * 2 * kPositions * value_dim : 0;
+    const std::int64_t ahead = first_tile ? kBlocksAhead * 2 * kPositions * value_dim : 0;
     for (int p = 0; p < positions; ++p) {
         const std::uint8_t* from = values + 2 * (static_cast<std::int64_t>(p) * value_dim + column);
         __builtin_prefetch(from + ahead);
