@@ -24,11 +24,10 @@ from greenroom import environment
 from greenroom.errors import ConfigError, GreenroomError
 
 
-def main() -> int:
+def main(arguments: "list[str] | None" = None) -> int:
     """Measure, or say in one line why not."""
-    signal.signal(signal.SIGTERM, _leave)  # by way of every `finally`: the disk's readahead is put back
     try:
-        return _run(_options())
+        return _run(_options(arguments))
     except GreenroomError as error:
         print(f"benchmarks.cpu: {error}", file=sys.stderr)
         return 2
@@ -41,7 +40,7 @@ def _leave(number: int, frame: object) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: "list[str] | None") -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="12 layers of Qwen3-30B-A3B at 4 bits, within 10 minutes")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="SHAPE", help=", ".join(SHAPES))
@@ -60,7 +59,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--clean", action="store_true", help="remove the models from --work, and end")
     parser.add_argument("--prefix", default="", metavar="COMMAND", help='before each engine, such as "taskset -c 0,1"')
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the JSON object here")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -148,4 +147,5 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _leave)  # by way of every `finally`: the disk's readahead is put back
     sys.exit(main())

@@ -1,0 +1,268 @@
+"""The benchmark's own parts: its synthetic models run in greenroom, route as promised, and its tables add up."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from benchmarks import cpu, gguf_file, limits, report, routing, synthetic
+from benchmarks.cells import Cell
+from benchmarks.shapes import PAIRINGS, SHAPES, Shape
+from benchmarks.turns import TurnError, Worker
+from benchmarks.work import Work
+
+from greenroom.cache import ExpertCache, replay
+from greenroom.config import EngineSettings
+from greenroom.engine import Engine
+from greenroom.errors import ConfigError
+from greenroom.packed import PackedModel
+
+TINY = Shape(
+    name="tiny",
+    family="qwen3_moe",
+    layers=2,
+    hidden=256,
+    intermediate=256,
+    experts=8,
+    top_k=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    vocab=2048,
+)
+TINY_MIXTRAL = dataclasses.replace(TINY, name="tiny-mixtral", family="mixtral")
+
+
+def top_experts(shape: Shape, kind: str, count: int) -> "list[list[int]]":
+    """What the first layer's router chooses for each token's bare embedding, least wanted first."""
+    x = routing.embedding(shape.vocab, shape.hidden)[routing.token_ids(kind, shape.vocab, 0, count)].float()
+    logits = x @ routing.router(0, shape.experts, shape.hidden).float().T
+    return [row.flip(0).tolist() for row in logits.topk(shape.top_k).indices]
+
+
+@pytest.mark.parametrize("shape", [TINY, TINY_MIXTRAL], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("width", list(PAIRINGS))
+def test_a_synthetic_model_is_intact_and_routes_by_its_embeddings(tmp_path: Path, shape: Shape, width: str) -> None:
+    synthetic.write(tmp_path / "model", shape, PAIRINGS[width])
+    packed = PackedModel(tmp_path / "model")
+    assert packed.verify() == []
+    assert {t.format.bits for entry in packed.manifest.experts for t in entry.tensors} == {PAIRINGS[width].bits}
+    engine = Engine(packed, EngineSettings(experts_per_layer=shape.experts, context=64))
+    engine.runner.trace = trace = []
+    ids = routing.token_ids("uniform", shape.vocab, 0, 16)
+    with torch.no_grad():
+        for token in ids:
+            logits = engine.model(torch.tensor([[token]])).logits
+    engine.close()
+    assert torch.isfinite(logits).all()
+    assert 0.1 < float(logits.std()) < 10
+    routed = [set(experts) for layer, experts in trace if layer == 0]
+    wanted = [set(experts) for experts in top_experts(shape, "uniform", 16)]
+    assert sum(a == b for a, b in zip(routed, wanted, strict=True)) >= 15  # a tie may tip
+    assert sum(a == b for a, b in zip(routed, wanted[::-1], strict=True)) < 15  # the control: other tokens' experts
+
+
+@pytest.mark.parametrize("quantisation", ["Q4_K", "Q3_K", "Q2_K"])
+def test_a_gguf_file_holds_the_same_model(tmp_path: Path, quantisation: str) -> None:
+    path = tmp_path / "model.gguf"
+    gguf_file.write(path, TINY, quantisation)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    embedding = tensors["token_embd.weight"].data.reshape(TINY.vocab, TINY.hidden)
+    assert (embedding == routing.embedding(TINY.vocab, TINY.hidden).float().numpy()).all()
+    for layer in range(TINY.layers):
+        router = tensors[f"blk.{layer}.ffn_gate_inp.weight"].data
+        assert (router == routing.router(layer, TINY.experts, TINY.hidden).float().numpy()).all()
+        for part, into_residual in (("up", False), ("down", True)):
+            found = tensors[f"blk.{layer}.ffn_{part}_exps.weight"]
+            assert found.tensor_type.name == quantisation
+            values = gguf.dequantize(found.data, found.tensor_type)
+            wanted = routing.deviation(256, into_residual=into_residual)
+            assert values.std() == pytest.approx(wanted, rel=0.2)
+            assert abs(values.mean()) < 0.2 * wanted
+            first, second = values.reshape(TINY.experts, -1)[:2]
+            assert not np.array_equal(first, second)
+
+
+def test_bytes_per_token_count_the_routed_share_of_the_experts(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    gguf_file.write(path, TINY, "Q4_K")
+    one = gguf_file.bytes_per_token(path, TINY)
+    two = gguf_file.bytes_per_token(path, dataclasses.replace(TINY, top_k=4))
+    experts = 3 * TINY.layers * TINY.hidden * TINY.intermediate * 144 // 256
+    assert two - one == 2 * experts
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [("uniform", {16: 0.12, 32: 0.25, 64: 0.5, 96: 0.75}), ("lifelike", {32: 0.81, 48: 0.91})],
+)
+def test_routing_hits_an_lru_cache_as_often_as_promised(kind: str, wanted: "dict[int, float]") -> None:
+    shape = dataclasses.replace(SHAPES["qwen3-30b-a3b-12"], vocab=4096 if kind == "lifelike" else routing.ROWS)
+    choices = top_experts(dataclasses.replace(shape, hidden=512), kind, 600)
+    for slots, share in wanted.items():
+        cache = ExpertCache(layers=1, capacities=[slots], staging=1)
+        accesses = replay(cache, [(0, experts) for experts in choices])[100:]
+        hits = sum(len(access.hits) for access in accesses) / (len(accesses) * shape.top_k)
+        assert hits == pytest.approx(share, abs=0.05)
+    shuffled = replay(
+        ExpertCache(layers=1, capacities=[32], staging=1), [(0, e) for e in choices[::37] + choices[::41]]
+    )
+    assert sum(len(access.hits) for access in shuffled) / (len(shuffled) * shape.top_k) < 0.5  # the control
+
+
+def test_uniform_ids_do_not_come_again_soon() -> None:
+    ids = routing.token_ids("uniform", 32000, 5, 2000)
+    assert len(set(ids)) == 2000
+    assert max(ids) < 32000
+
+
+def test_a_cell_s_sequence_goes_on_where_the_last_one_ended() -> None:
+    cell = Cell(shape=TINY, pairing=PAIRINGS["4"], fits=1.0, routing="lifelike", prompt=8, tokens=4)
+    first, second = cell.sequence(0), cell.sequence(1)
+    assert (len(first["prompt"]), len(first["timed"])) == (8, 4)
+    flat = [first["prompt"], first["warm"], first["timed"], second["prompt"]]
+    ids = [token for part in flat for token in part]
+    assert ids == [(ids[0] + i) % TINY.vocab for i in range(len(ids))]
+
+
+def test_an_unfinished_file_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(layer: int, experts: int, hidden: int) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(routing, "router", fail)
+    for write in (
+        lambda: synthetic.write(tmp_path / "model", TINY, PAIRINGS["4"]),
+        lambda: gguf_file.write(tmp_path / "model.gguf", TINY, "Q4_K"),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_drops_the_oldest_models_and_then_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work(tmp_path)
+    ours, theirs = work.models(TINY, PAIRINGS["4"], peer=True)
+    assert theirs is not None
+    before = ours.stat().st_mtime_ns
+    assert work.models(TINY, PAIRINGS["4"], peer=True) == (ours, theirs)
+    assert ours.stat().st_mtime_ns == before  # reused
+    usage = type("Usage", (), {"free": 0})
+    monkeypatch.setattr("benchmarks.work.shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(ConfigError, match="--work"):
+        work.models(TINY, PAIRINGS["3"], peer=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_readahead_is_put_back(tmp_path: Path) -> None:
+    device = tmp_path.stat().st_dev
+    setting = tmp_path / "class" / "bdi" / f"{device >> 8 & 0xFFF}:{device & 0xFF}" / "read_ahead_kb"
+    setting.parent.mkdir(parents=True)
+    setting.write_text("8192\n")
+    with pytest.raises(KeyboardInterrupt), limits.readahead(tmp_path, 128 << 10, sys=tmp_path) as done:
+        assert done and setting.read_text() == "128"
+        raise KeyboardInterrupt
+    assert setting.read_text() == "8192"
+    with limits.readahead(tmp_path, 128 << 10, sys=tmp_path / "nowhere") as done:
+        assert not done
+
+
+@pytest.mark.parametrize(("root", "file"), [("v1", "memory.limit_in_bytes"), ("v2", "memory.max")])
+def test_a_limit_is_a_group_of_either_version(tmp_path: Path, root: str, file: str) -> None:
+    top = tmp_path / "memory" if root == "v1" else tmp_path
+    top.mkdir(exist_ok=True)
+    if root == "v1":
+        (top / file).touch()
+    with limits.Limit(1 << 20, root=tmp_path) as limit:
+        group = limit._folder
+        assert (group / file).read_text() == str(1 << 20)
+        limit.enter()
+        assert (group / "cgroup.procs").exists()
+        for path in group.iterdir():  # a real group's files go with it
+            path.unlink()
+    assert not group.exists()
+
+
+def test_a_limit_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot limit memory"), limits.Limit(1, root=tmp_path / "nowhere"):
+        pass
+
+
+def test_a_worker_that_dies_says_why() -> None:
+    script = "import sys; print('{}', flush=True); input(); sys.exit('the disk is on fire')"
+    with Worker("it", [sys.executable, "-c", script]) as worker, pytest.raises(TurnError, match="the disk is on fire"):
+        worker.trial({})
+    with (
+        pytest.raises(TurnError, match="lack of memory"),
+        Worker("it", [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]),
+    ):
+        pass
+
+
+def _row(ours: "list[float]", theirs: "list[float]", **more: float) -> "dict[str, object]":
+    def trials(speeds: "list[float]") -> "list[dict[str, float]]":
+        common = {"prompt_tokens_per_s": 100.0, "bytes_read_per_token": 0.0, "ram_bytes_per_s": 1e10}
+        return [{**common, "hit_rate": 1.0, "stall_share": 0.0, "tokens_per_s": speed} for speed in speeds]
+
+    found = {"greenroom": trials(ours), "llama.cpp": trials(theirs), "llama.cpp, mapped": trials([1.0])}
+    return {
+        "shape": "tiny",
+        "fits": 1.0,
+        "routing": "uniform",
+        "formats": {"greenroom": "4-bit g64", "llama.cpp": "Q4_K"},
+        "touched_per_token": {"greenroom": 5 * 10**8, "llama.cpp": 6 * 10**8},
+        "trials": found,
+        "medians": {name: {**trials[0], "tokens_per_s": sorted(t["tokens_per_s"] for t in trials)[len(trials) // 2]}
+                    for name, trials in found.items()},
+        **more,
+    }  # fmt: skip
+
+
+def test_the_table_takes_medians_and_the_peer_s_better_variant() -> None:
+    row = _row([10.0, 12.0, 50.0], [5.0, 6.0, 7.0])
+    assert report.ratio(row) == 2.0
+    assert report.share_of_floor(row, "greenroom") == pytest.approx(0.6)
+    assert "12.00 (10–50) | 0.60 | 6.00 (5–7) | 0.36 | **2.00**" in report.tables([row])
+    assert "uniform" in report.tables([_row([1.0], [1.0], fits=0.5)])
+
+
+def test_bytes_that_differ_from_the_cache_core_s_are_told() -> None:
+    row = _row([1.0], [1.0])
+    for trial in row["trials"]["greenroom"]:  # type: ignore[index]
+        trial["bytes_predicted_per_token"] = 0.0
+    assert report.mispredicted([row]) == []
+    row["trials"]["greenroom"][0]["bytes_predicted_per_token"] = 4096.0  # type: ignore[index]
+    assert len(report.mispredicted([row])) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shapes", "gpt-2"], "unknown shape"),
+        (["--bits", "5"], "unknown width"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--peer", "/nowhere/python"], "cannot run /nowhere/python"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(
+    tmp_path: Path, flags: "list[str]", message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cpu.main(["--work", str(tmp_path), "--only", "ram", *flags]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def test_greenroom_s_worker_reads_what_the_cache_core_predicts(tmp_path: Path) -> None:
+    synthetic.write(tmp_path / "model", TINY, PAIRINGS["4"])
+    job = {"model": str(tmp_path / "model"), "threads": 1, "context": 64, "ram": 1 << 30, "first": [1]}
+    cell = Cell(shape=TINY, pairing=PAIRINGS["4"], fits=0.5, routing="uniform", prompt=8, tokens=4)
+    command = [sys.executable, "-m", "benchmarks.greenroom_worker", json.dumps(job)]
+    with Worker("greenroom", command) as worker:
+        trial = worker.trial(cell.sequence(0))
+    assert worker.about["experts"] == TINY.layers * TINY.experts
+    assert trial["bytes_predicted_per_token"] == trial["bytes_read_per_token"]
+    assert trial["tokens_per_s"] > 0
