@@ -23,6 +23,9 @@ from benchmarks.work import Work
 from greenroom import environment
 from greenroom.errors import ConfigError, GreenroomError
 
+_FULL: "dict[str, Any]" = {"shapes": list(SHAPES), "bits": ["4", "3", "2"], "fits": [0.5, 0.25], "rounds": 3}
+_QUICK: "dict[str, Any]" = {"shapes": ["qwen3-30b-a3b-12"], "bits": ["4"], "fits": [0.5], "rounds": 2}
+
 
 def main(arguments: "list[str] | None" = None) -> int:
     """Measure, or say in one line why not."""
@@ -43,14 +46,14 @@ def _leave(number: int, frame: object) -> NoReturn:
 def _options(arguments: "list[str] | None") -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="12 layers of Qwen3-30B-A3B at 4 bits, within 10 minutes")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="SHAPE", help=", ".join(SHAPES))
-    parser.add_argument("--bits", nargs="+", default=["4", "3", "2"], metavar="BITS", help=", ".join(PAIRINGS))
+    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help=", ".join(SHAPES))
+    parser.add_argument("--bits", nargs="+", metavar="BITS", help=", ".join(PAIRINGS))
     parser.add_argument("--only", choices=["ram", "limits"], help="only what fits, or only what does not")
     parser.add_argument(
         "--fits", nargs="+", type=float, default=[0.5, 0.25], metavar="SHARE", help="limits to run under"
     )
     parser.add_argument("--routings", nargs="+", default=list(routing.ROUTINGS), choices=routing.ROUTINGS)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each engine (default 3)")
+    parser.add_argument("--rounds", type=int, help="turns of each engine (default 3; 2 with --quick)")
     parser.add_argument("--prompt", type=int, help="tokens before the timed ones (default 512; 128 under a limit)")
     parser.add_argument("--tokens", type=int, help="timed tokens (default 64; 32 under a limit)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -59,7 +62,11 @@ def _options(arguments: "list[str] | None") -> argparse.Namespace:
     parser.add_argument("--clean", action="store_true", help="remove the models from --work, and end")
     parser.add_argument("--prefix", default="", metavar="COMMAND", help='before each engine, such as "taskset -c 0,1"')
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the JSON object here")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, value in {**_FULL, **(_QUICK if options.quick else {})}.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -105,8 +112,6 @@ def _measure(bench: Bench, cells: "list[Cell]") -> "dict[str, Any]":
 
 def _cells(options: argparse.Namespace) -> "list[Cell]":
     """What to measure, shape by shape so that models are built once."""
-    shapes = ["qwen3-30b-a3b-12"] if options.quick else options.shapes
-    bits = ["4"] if options.quick else options.bits
     settings = [] if options.only == "limits" else [(1.0, "uniform")]
     if options.only != "ram":
         settings += [(fits, kind) for fits in options.fits for kind in options.routings]
@@ -124,8 +129,8 @@ def _cells(options: argparse.Namespace) -> "list[Cell]":
             prompt=options.prompt or (512 if fits == 1 else 128),
             tokens=options.tokens or (64 if fits == 1 else 32),
         )
-        for shape in shapes
-        for pairing in bits
+        for shape in options.shapes
+        for pairing in options.bits
         for fits, kind in settings
     ]
 
