@@ -1,7 +1,7 @@
 """One cell of the tables: a shape, a pairing, what fits and how tokens route; and how it is measured.
 
 Engines take turns, round after round, so that the drift of a shared machine falls on all alike. Beside every trial the
-memory's read bandwidth is probed, in this process, while the worker waits.
+memory's and under a limit the disk's read bandwidth is probed, in this process, while the worker waits.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ READAHEAD_NBYTES = 128 << 10
 RAM_SHARE = 0.9
 """greenroom's --ram under a limit: it takes as much of what is free where it is not told."""
 _BESIDE = Path(__file__).parent
-_WARM = 16
+_WARM = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,17 +123,20 @@ class Bench:
                 stack.enter_context(limits.readahead(model, READAHEAD_NBYTES))
                 group = stack.enter_context(limits.Limit(limit))
             worker = stack.enter_context(Worker(name, command, group))
-            before = machine.ram_bandwidth()
+            before = floors(model, limited=limit is not None)
             found = worker.trial(cell.sequence(number))
-            found["ram_bytes_per_s"] = (before + machine.ram_bandwidth()) / 2
-            return {**worker.about, **found}
+            after = floors(model, limited=limit is not None)
+            beside = {f"{what}_bytes_per_s": (before[what] + after[what]) / 2 for what in before}
+            return {**worker.about, **found, **beside}
 
 
-def floors(path: Path) -> "dict[str, float]":
-    """Bytes per second of this machine's memory and of the disk that holds `path`."""
-    file = max(path.iterdir(), key=lambda file: file.stat().st_size) if path.is_dir() else path
-    limits.drop_pages(path)
-    return {"ram": machine.ram_bandwidth(), "disk": probe.disk_bandwidth(file, budget_s=2.0)}
+def floors(model: Path, limited: bool = True) -> "dict[str, float]":
+    """Bytes per second of this machine's memory and, where it is `limited`, of the disk that holds the model."""
+    found = {"ram": machine.ram_bandwidth()}
+    if limited:
+        file = max(model.iterdir(), key=lambda file: file.stat().st_size) if model.is_dir() else model
+        found["disk"] = probe.disk_bandwidth(file, budget_s=1.0)
+    return found
 
 
 def _touched(packed: Path, shape: Shape) -> int:
@@ -151,10 +154,11 @@ def _medians(trials: "list[dict[str, Any]]") -> "dict[str, float]":
 
 def _tell(cell: Cell, name: str, trial: "dict[str, Any]") -> None:
     extra = f", hits {trial['hit_rate']:.1%}" if "hit_rate" in trial else ""
+    disk = f", disk {trial['disk_bytes_per_s'] / 1e9:.2f} GB/s" if "disk_bytes_per_s" in trial else ""
     print(
         f"{cell}: {name} {trial['tokens_per_s']:.2f} tokens/s, prompt {trial['prompt_tokens_per_s']:.0f}, "
         f"{trial['bytes_read_per_token'] / 1e6:.1f} MB read a token{extra}, "
-        f"RAM {trial['ram_bytes_per_s'] / 1e9:.0f} GB/s",
+        f"RAM {trial['ram_bytes_per_s'] / 1e9:.0f} GB/s{disk}",
         file=sys.stderr,
         flush=True,
     )
