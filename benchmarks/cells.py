@@ -48,7 +48,8 @@ class Cell:
     @property
     def first(self) -> "list[int]":
         """Tokens that touch every expert, so that a model that fits is there before it is timed."""
-        return routing.token_ids("uniform", self.shape.vocab, 0, 160) if self.fits == 1 else [1]
+        count = 10 * self.shape.experts // self.shape.top_k  # leaves one expert in 20 000 out
+        return routing.token_ids("uniform", self.shape.vocab, 0, count) if self.fits == 1 else [1]
 
     def __str__(self) -> str:
         fits = "in RAM" if self.fits == 1 else f"{self.fits:.0%} fits, {self.routing}"

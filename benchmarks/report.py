@@ -28,9 +28,9 @@ _RAM_HEAD = """\
 |---|---|---|---|---|---|---|---|---|"""
 
 _LIMITED_HEAD = """\
-| does not fit | experts | fits | routing | hits | greenroom tokens/s | MB read a token | stalled | llama.cpp tokens/s \
-| MB read a token | ratio |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+| does not fit | experts | fits | routing | hits | greenroom tokens/s | MB read a token | of the disk | stalled \
+| llama.cpp tokens/s | MB read a token | of the disk | ratio |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def _ram_line(row: Row) -> str:
@@ -62,9 +62,11 @@ def _limited_line(row: Row) -> str:
         f"{ours['hit_rate']:.0%}",
         _spread(row, "greenroom"),
         f"{ours['bytes_read_per_token'] / 1e6:.0f}",
+        f"{share_of_disk(row, 'greenroom'):.2f}",
         f"{ours['stall_share']:.0%}",
         _spread(row, peer) if peer else "–",
         f"{row['medians'][peer]['bytes_read_per_token'] / 1e6:.0f}" if peer else "–",
+        f"{share_of_disk(row, peer):.2f}" if peer else "–",
         f"**{ratio(row):.2f}**" if peer else "–",
     ]
     return f"| {' | '.join(cells)} |"
@@ -87,6 +89,12 @@ def share_of_floor(row: Row, name: str) -> float:
     touched = row["touched_per_token"]["greenroom" if name == "greenroom" else "llama.cpp"]
     medians = row["medians"][name]
     return float(touched * medians["tokens_per_s"] / medians["ram_bytes_per_s"])
+
+
+def share_of_disk(row: Row, name: str) -> float:
+    """Bytes that were read a second over the disk's rate, probed beside the same trials."""
+    medians = row["medians"][name]
+    return float(medians["bytes_read_per_token"] * medians["tokens_per_s"] / medians["disk_bytes_per_s"])
 
 
 def mispredicted(rows: "list[Row]") -> "list[str]":

@@ -204,7 +204,12 @@ def test_a_worker_that_dies_says_why() -> None:
 
 def _row(ours: "list[float]", theirs: "list[float]", **more: float) -> "dict[str, object]":
     def trials(speeds: "list[float]") -> "list[dict[str, float]]":
-        common = {"prompt_tokens_per_s": 100.0, "bytes_read_per_token": 0.0, "ram_bytes_per_s": 1e10}
+        common = {
+            "prompt_tokens_per_s": 100.0,
+            "bytes_read_per_token": 0.0,
+            "ram_bytes_per_s": 1e10,
+            "disk_bytes_per_s": 1e9,
+        }
         return [{**common, "hit_rate": 1.0, "stall_share": 0.0, "tokens_per_s": speed} for speed in speeds]
 
     found = {"greenroom": trials(ours), "llama.cpp": trials(theirs), "llama.cpp, mapped": trials([1.0])}
