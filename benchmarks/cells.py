@@ -9,7 +9,6 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +72,15 @@ class Bench:
         ours, theirs = self.work.models(cell.shape, cell.pairing, self.peer is not None)
         nbytes = {"greenroom": size_of(ours), **({"llama.cpp": size_of(theirs)} if theirs else {})}
         limit = None if cell.fits == 1 else int(cell.fits * max(nbytes.values()))
-        touched = {"greenroom": _touched(ours, cell.shape)}
-        if theirs:
-            touched["llama.cpp"] = gguf_file.bytes_per_token(theirs, cell.shape)
-        turns = self._turns(cell, ours, theirs, limit)
-        trials: dict[str, list[dict[str, Any]]] = {name: [] for name in turns}
+        engines = [self._greenroom(cell, ours, limit)]
+        if theirs is not None:  # repacked weights are a second copy, not mapped: under a limit that is death
+            variants = [("llama.cpp", True), ("llama.cpp, mapped", False)]
+            engines += [self._llama(name, cell, theirs, repack) for name, repack in variants if not (limit and repack)]
+        trials: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
         for number in range(self.rounds):
-            for name, turn in turns.items():
-                trials[name].append(turn(number))
-                _tell(cell, name, trials[name][-1])
+            for engine in engines:
+                trials[engine.name].append(_turn(engine, cell, number, limit))
+                _tell(cell, engine.name, trials[engine.name][-1])
         return {
             "shape": cell.shape.name,
             "pairing": cell.pairing.name,
@@ -92,43 +91,50 @@ class Bench:
             "prompt": cell.prompt,
             "tokens": cell.tokens,
             "nbytes": nbytes,
-            "touched_per_token": touched,
+            "touched_per_token": _touched(ours, theirs, cell.shape),
             "trials": trials,
             "medians": {name: _medians(found) for name, found in trials.items()},
         }
 
-    def _turns(
-        self, cell: Cell, ours: Path, theirs: "Path | None", limit: "int | None"
-    ) -> "dict[str, Callable[[int], dict[str, Any]]]":
-        context = cell.prompt + _WARM + cell.tokens
-        job = {"threads": self.threads, "context": max(context, 512), "first": cell.first}
-        command = [*self.prefix, sys.executable, "-m", "benchmarks.greenroom_worker"]
-        ram = None if limit is None else int(RAM_SHARE * limit)
-        own = [*command, json.dumps({**job, "model": str(ours), "ram": ram})]
-        turns = {"greenroom": lambda number: self._turn("greenroom", own, cell, number, limit, ours)}
-        for name, repack in {"llama.cpp": True, "llama.cpp, mapped": False}.items():
-            if theirs is None or (repack and limit is not None):  # repacked weights are a second copy, not mapped
-                continue
-            told = json.dumps({**job, "model": str(theirs), "repack": repack})
-            peer = [*self.prefix, str(self.peer), str(_BESIDE / "llama_worker.py"), told]
-            turns[name] = lambda number, name=name, peer=peer: self._turn(name, peer, cell, number, limit, theirs)
-        return turns
+    def _greenroom(self, cell: Cell, model: Path, limit: "int | None") -> "_Engine":
+        job = self._job(cell, model, ram=None if limit is None else int(RAM_SHARE * limit))
+        command = [*self.prefix, sys.executable, "-m", "benchmarks.greenroom_worker", job]
+        return _Engine("greenroom", model, command)
 
-    def _turn(
-        self, name: str, command: "list[str]", cell: Cell, number: int, limit: "int | None", model: Path
-    ) -> "dict[str, Any]":
-        with contextlib.ExitStack() as stack:
-            group = None
-            if limit is not None:
-                limits.drop_pages(model)  # pages count where they were first read: let that be in the group
-                stack.enter_context(limits.readahead(model, READAHEAD_NBYTES))
-                group = stack.enter_context(limits.Limit(limit))
-            worker = stack.enter_context(Worker(name, command, group))
-            before = floors(model, limited=limit is not None)
-            found = worker.trial(cell.sequence(number))
-            after = floors(model, limited=limit is not None)
-            beside = {f"{what}_bytes_per_s": (before[what] + after[what]) / 2 for what in before}
-            return {**worker.about, **found, **beside}
+    def _llama(self, name: str, cell: Cell, model: Path, repack: bool) -> "_Engine":
+        command = [*self.prefix, str(self.peer), str(_BESIDE / "llama_worker.py")]
+        return _Engine(name, model, [*command, self._job(cell, model, repack=repack)])
+
+    def _job(self, cell: Cell, model: Path, **more: "int | None") -> str:
+        """What a worker loads and how, as JSON."""
+        context = max(cell.prompt + _WARM + cell.tokens, 512)
+        job = {"model": str(model), "threads": self.threads, "context": context, "first": cell.first}
+        return json.dumps({**job, **more})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Engine:
+    """One column: a model and the command of the worker that runs it."""
+
+    name: str
+    model: Path
+    command: "list[str]"
+
+
+def _turn(engine: _Engine, cell: Cell, number: int, limit: "int | None") -> "dict[str, Any]":
+    """One trial in a process of its own, with the floors beside it."""
+    with contextlib.ExitStack() as stack:
+        group = None
+        if limit is not None:
+            limits.drop_pages(engine.model)  # a page counts where it was first read: let that be in the group
+            stack.enter_context(limits.readahead(engine.model, READAHEAD_NBYTES))
+            group = stack.enter_context(limits.Limit(limit))
+        worker = stack.enter_context(Worker(engine.name, engine.command, group))
+        before = floors(engine.model, limited=limit is not None)
+        found = worker.trial(cell.sequence(number))
+        after = floors(engine.model, limited=limit is not None)
+        beside = {f"{what}_bytes_per_s": (before[what] + after[what]) / 2 for what in before}
+        return {**worker.about, **found, **beside}
 
 
 def floors(model: Path, limited: bool = True) -> "dict[str, float]":
@@ -140,12 +146,13 @@ def floors(model: Path, limited: bool = True) -> "dict[str, float]":
     return found
 
 
-def _touched(packed: Path, shape: Shape) -> int:
+def _touched(ours: Path, theirs: "Path | None", shape: Shape) -> "dict[str, int]":
     """Weight bytes that one token touches: all but the embedding, and of the experts the share that is routed to."""
-    manifest = PackedModel(packed).manifest
+    manifest = PackedModel(ours).manifest
     dense = sum(entry.nbytes for entry in manifest.linears)
     dense += sum(entry.nbytes for entry in manifest.tensors if not entry.mappable)
-    return dense + sum(shape.top_k * entry.record_nbytes for entry in manifest.experts)
+    found = {"greenroom": dense + sum(shape.top_k * entry.record_nbytes for entry in manifest.experts)}
+    return found if theirs is None else {**found, "llama.cpp": gguf_file.bytes_per_token(theirs, shape)}
 
 
 def _medians(trials: "list[dict[str, Any]]") -> "dict[str, float]":

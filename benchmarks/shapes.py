@@ -36,6 +36,7 @@ class Shape:
 
     def config(self) -> "dict[str, Any]":
         """What transformers' config.json says."""
+        own: dict[str, Any]
         common = {
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,

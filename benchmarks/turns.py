@@ -6,6 +6,8 @@ one with the result. It ends when its stdin does.
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import tempfile
 import threading
@@ -33,6 +35,7 @@ class Worker:
             stderr=self._errors,
             text=True,
             preexec_fn=limit.enter if limit is not None else None,
+            start_new_session=True,  # a prefix such as taskset may start it as a child: they end together
         )
         self.about: dict[str, Any] = {}
 
@@ -40,20 +43,27 @@ class Worker:
         try:
             self.about = self._answer()
         except BaseException:
+            self._kill()
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
         assert self._process.stdin is not None
+        if any(exception):
+            self._kill()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             self._process.wait()
         self._errors.close()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def trial(self, sequence: "dict[str, list[int]]") -> "dict[str, Any]":
         """Run `sequence` (prompt, warm, timed: token ids) and return what was measured."""
@@ -74,7 +84,7 @@ class Worker:
 
     @contextlib.contextmanager
     def _patience(self) -> "Iterator[None]":
-        timer = threading.Timer(self._patience_s, self._process.kill)
+        timer = threading.Timer(self._patience_s, self._kill)
         timer.start()
         try:
             yield

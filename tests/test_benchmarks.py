@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import gguf
@@ -200,6 +201,14 @@ def test_a_worker_that_dies_says_why() -> None:
         Worker("it", [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]),
     ):
         pass
+
+
+def test_a_worker_s_children_end_with_it(tmp_path: Path) -> None:
+    script = f"echo '{{}}'; (sleep 1.5; touch {tmp_path}/alive) & wait"
+    with pytest.raises(KeyboardInterrupt), Worker("it", ["sh", "-c", script]):
+        raise KeyboardInterrupt
+    time.sleep(2)
+    assert not (tmp_path / "alive").exists()
 
 
 def _row(ours: "list[float]", theirs: "list[float]", **more: float) -> "dict[str, object]":
