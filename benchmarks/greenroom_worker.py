@@ -85,6 +85,7 @@ def trial(model: Model, prompt: "list[int]", warm: "list[int]", timed: "list[int
         "stall_share": spent.stall_s / decode_s,
         "experts_share": spent.compute_s / decode_s,
         "anonymous_nbytes": process_memory()["anonymous"],
+        "decode": str(getattr(model.engine, "decode", "transformers' modules")),
     }
 
 
