@@ -23,9 +23,9 @@ def tables(rows: "list[Row]") -> str:
 
 
 _RAM_HEAD = """\
-| all in RAM | experts | MB a token | greenroom tokens/s | of the floor | llama.cpp tokens/s | of the floor | ratio \
-| prompt tokens/s |
-|---|---|---|---|---|---|---|---|---|"""
+| all in RAM | experts | GB | MB a token | greenroom tokens/s | of the floor | llama.cpp tokens/s | of the floor \
+| ratio | prompt tokens/s |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 _LIMITED_HEAD = """\
 | does not fit | experts | fits | routing | hits | greenroom tokens/s | MB read a token | of the disk | stalled \
@@ -35,13 +35,13 @@ _LIMITED_HEAD = """\
 
 def _ram_line(row: Row) -> str:
     ours, peer = row["medians"]["greenroom"], best_peer(row)
-    touched = " / ".join(f"{nbytes / 1e6:.0f}" for nbytes in row["touched_per_token"].values())
     prompts = [ours["prompt_tokens_per_s"]]
     prompts += [max(row["medians"][name]["prompt_tokens_per_s"] for name in _peers(row))] if peer else []
     cells = [
         row["shape"],
         _formats(row),
-        touched,
+        " / ".join(f"{nbytes / 1e9:.1f}" for nbytes in row["nbytes"].values()),
+        " / ".join(f"{nbytes / 1e6:.0f}" for nbytes in row["touched_per_token"].values()),
         _spread(row, "greenroom"),
         f"{share_of_floor(row, 'greenroom'):.2f}",
         _spread(row, peer) if peer else "–",

@@ -227,6 +227,7 @@ def _row(ours: "list[float]", theirs: "list[float]", **more: float) -> "dict[str
         "fits": 1.0,
         "routing": "uniform",
         "formats": {"greenroom": "4-bit g64", "llama.cpp": "Q4_K"},
+        "nbytes": {"greenroom": 5 * 10**9, "llama.cpp": 6 * 10**9},
         "touched_per_token": {"greenroom": 5 * 10**8, "llama.cpp": 6 * 10**8},
         "trials": found,
         "medians": {name: {**trials[0], "tokens_per_s": sorted(t["tokens_per_s"] for t in trials)[len(trials) // 2]}
