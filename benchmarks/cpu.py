@@ -19,6 +19,7 @@ from benchmarks import limits, report, routing
 from benchmarks import peer as llama
 from benchmarks.cells import Bench, Cell, floors
 from benchmarks.shapes import PAIRINGS, SHAPES, named
+from benchmarks.turns import TurnError
 from benchmarks.work import Work
 from greenroom import environment
 from greenroom.errors import ConfigError, GreenroomError
@@ -49,9 +50,7 @@ def _options(arguments: "list[str] | None") -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help=", ".join(SHAPES))
     parser.add_argument("--bits", nargs="+", metavar="BITS", help=", ".join(PAIRINGS))
     parser.add_argument("--only", choices=["ram", "limits"], help="only what fits, or only what does not")
-    parser.add_argument(
-        "--fits", nargs="+", type=float, default=[0.5, 0.25], metavar="SHARE", help="limits to run under"
-    )
+    parser.add_argument("--fits", nargs="+", type=float, metavar="SHARE", help="of the model under a limit")
     parser.add_argument("--routings", nargs="+", default=list(routing.ROUTINGS), choices=routing.ROUTINGS)
     parser.add_argument("--rounds", type=int, help="turns of each engine (default 3; 2 with --quick)")
     parser.add_argument("--prompt", type=int, help="tokens before the timed ones (default 512; 128 under a limit)")
@@ -73,6 +72,10 @@ def _run(options: argparse.Namespace) -> int:
     for name in ("rounds", "threads", "prompt", "tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ConfigError(f"--{name} must be at least 1, not {value}")
+    if not all(0 < share < 1 for share in options.fits):
+        raise ConfigError("--fits takes shares between 0 and 1, such as 0.5")
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise ConfigError(f"{options.json} lies in no folder: make it first")
     work = Work(options.work)
     if options.clean:
         work.clean()
@@ -89,10 +92,12 @@ def _run(options: argparse.Namespace) -> int:
     print(report.tables(found["cells"]), flush=True)
     for line in report.mispredicted(found["cells"]):
         print(f"bytes read are not what the cache core predicts: {line}")
+    for line in found["failed"]:
+        print(f"failed: {line}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))
-    return 0
+    return 2 if found["failed"] else 0
 
 
 def _measure(bench: Bench, cells: "list[Cell]") -> "dict[str, Any]":
@@ -100,13 +105,21 @@ def _measure(bench: Bench, cells: "list[Cell]") -> "dict[str, Any]":
     ours, _ = bench.work.models(cells[0].shape, cells[0].pairing, bench.peer is not None)
     machine = floors(ours)
     print(report.floors_line(machine), flush=True)
+    measured, failed = [], []
+    for cell in cells:
+        try:
+            measured.append(bench.measure(cell))
+        except TurnError as error:  # hours may lie behind it and before it
+            failed.append(f"{cell}: {error}")
+            print(failed[-1], file=sys.stderr, flush=True)
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
         "threads": bench.threads,
         "rounds": bench.rounds,
         "floors": machine,
-        "cells": [bench.measure(cell) for cell in cells],
+        "cells": measured,
+        "failed": failed,
     }
 
 

@@ -259,6 +259,8 @@ def test_bytes_that_differ_from_the_cache_core_s_are_told() -> None:
         (["--shapes", "gpt-2"], "unknown shape"),
         (["--bits", "5"], "unknown width"),
         (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--fits", "50"], "between 0 and 1"),
+        (["--json", "/nowhere/out.json"], "lies in no folder"),
         (["--peer", "/nowhere/python"], "cannot run /nowhere/python"),
     ],
 )
@@ -269,6 +271,25 @@ def test_errors_are_one_line_and_exit_code_2(
     said = capsys.readouterr().err
     assert message in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_cell_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(bench: object, cell: Cell) -> "dict[str, object]":
+        if cell.pairing.bits == 4:
+            raise TurnError("it stopped")
+        return _row([2.0], [1.0])
+
+    monkeypatch.setattr("benchmarks.cpu.SHAPES", {"tiny": TINY})
+    monkeypatch.setattr("benchmarks.cells.Bench.measure", measure)
+    flags = ["--work", str(tmp_path), "--only", "ram", "--shapes", "tiny", "--bits", "4", "3", "--peer", sys.executable]
+    monkeypatch.setattr("benchmarks.peer.check", lambda python: None)
+    assert cpu.main(flags) == 2
+    said = capsys.readouterr().out
+    assert "**2.00**" in said and "failed: tiny, 4-bit g64 and Q4_K, in RAM: it stopped" in said
+    found = json.loads(said.splitlines()[-1])
+    assert (len(found["cells"]), len(found["failed"])) == (1, 1)
 
 
 def test_greenroom_s_worker_reads_what_the_cache_core_predicts(tmp_path: Path) -> None:
