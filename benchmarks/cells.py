@@ -1,14 +1,17 @@
 """One cell of the tables: a shape, a pairing, what fits and how tokens route; and how it is measured.
 
-Engines take turns, round after round, so that the drift of a shared machine falls on all alike. Beside every trial the
-memory's and under a limit the disk's read bandwidth is probed, in this process, while the worker waits.
+Engines take turns, round after round, so that the drift of a shared machine falls on all alike. Beside every trial,
+while the worker waits, this process probes the memory's and under a limit the disk's read bandwidth, and counts what
+other processes take from the cores: an engine whose threads wait for each other by spinning suffers most.
 """
 
 import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +134,18 @@ def _turn(engine: _Engine, cell: Cell, number: int, limit: "int | None") -> "dic
             group = stack.enter_context(limits.Limit(limit))
         worker = stack.enter_context(Worker(engine.name, engine.command, group))
         before = floors(engine.model, limited=limit is not None)
+        busy_s, start_s = _busy_s(), time.perf_counter()
         found = worker.trial(cell.sequence(number))
+        found["others_cores"] = (_busy_s() - busy_s - found["cpu_s"]) / (time.perf_counter() - start_s)
         after = floors(engine.model, limited=limit is not None)
         beside = {f"{what}_bytes_per_s": (before[what] + after[what]) / 2 for what in before}
         return {**worker.about, **found, **beside}
+
+
+def _busy_s() -> float:
+    """Seconds that all cores together have not been idle, nor waiting for a disk, since the machine started."""
+    spent = [int(number) for number in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return (sum(spent) - spent[3] - spent[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def floors(model: Path, limited: bool = True) -> "dict[str, float]":
@@ -166,7 +177,8 @@ def _tell(cell: Cell, name: str, trial: "dict[str, Any]") -> None:
     print(
         f"{cell}: {name} {trial['tokens_per_s']:.2f} tokens/s, prompt {trial['prompt_tokens_per_s']:.0f}, "
         f"{trial['bytes_read_per_token'] / 1e6:.1f} MB read a token{extra}, "
-        f"RAM {trial['ram_bytes_per_s'] / 1e9:.0f} GB/s{disk}",
+        f"RAM {trial['ram_bytes_per_s'] / 1e9:.0f} GB/s{disk}, "
+        f"others busy on {trial['others_cores']:.1f} cores",
         file=sys.stderr,
         flush=True,
     )

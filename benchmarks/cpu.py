@@ -92,6 +92,8 @@ def _run(options: argparse.Namespace) -> int:
     print(report.tables(found["cells"]), flush=True)
     for line in report.mispredicted(found["cells"]):
         print(f"bytes read are not what the cache core predicts: {line}")
+    for line in report.disturbed(found["cells"]):
+        print(f"disturbed: {line}")
     for line in found["failed"]:
         print(f"failed: {line}")
     if options.json:

@@ -63,7 +63,7 @@ class Model:
 def trial(model: Model, prompt: "list[int]", warm: "list[int]", timed: "list[int]") -> "dict[str, Any]":
     """A prompt, tokens that warm caches up, and tokens that count."""
     model.forget()
-    start_s = time.perf_counter()
+    cpu_s, start_s = time.process_time(), time.perf_counter()
     model.feed(prompt)
     prompt_s = time.perf_counter() - start_s
     for token in warm:
@@ -79,6 +79,7 @@ def trial(model: Model, prompt: "list[int]", warm: "list[int]", timed: "list[int
     return {
         "prompt_tokens_per_s": len(prompt) / prompt_s,
         "tokens_per_s": len(timed) / decode_s,
+        "cpu_s": time.process_time() - cpu_s,
         "bytes_read_per_token": spent.bytes_read / len(timed),
         "bytes_predicted_per_token": None if predicted is None else predicted / len(timed),
         "hit_rate": spent.hit_rate,

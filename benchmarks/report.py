@@ -4,6 +4,8 @@ from typing import Any
 
 Row = dict[str, Any]
 
+DISTURBING = 0.25
+"""Cores; what is at work on a quiet machine takes a tenth of that."""
 PEERS = ("llama.cpp", "llama.cpp, mapped")
 
 
@@ -95,6 +97,18 @@ def share_of_disk(row: Row, name: str) -> float:
     """Bytes that were read a second over the disk's rate, probed beside the same trials."""
     medians = row["medians"][name]
     return float(medians["bytes_read_per_token"] * medians["tokens_per_s"] / medians["disk_bytes_per_s"])
+
+
+def disturbed(rows: "list[Row]") -> "list[str]":
+    """One line for every trial beside which other processes kept more than DISTURBING cores busy."""
+    return [
+        f"{row['shape']} {row['formats']['greenroom']}, {name}: {trial['tokens_per_s']:.2f} tokens/s while others kept "
+        f"{trial['others_cores']:.1f} cores busy"
+        for row in rows
+        for name, trials in row["trials"].items()
+        for trial in trials
+        if trial["others_cores"] > DISTURBING
+    ]
 
 
 def mispredicted(rows: "list[Row]") -> "list[str]":

@@ -218,6 +218,7 @@ def _row(ours: "list[float]", theirs: "list[float]", **more: float) -> "dict[str
             "bytes_read_per_token": 0.0,
             "ram_bytes_per_s": 1e10,
             "disk_bytes_per_s": 1e9,
+            "others_cores": 0.01,
         }
         return [{**common, "hit_rate": 1.0, "stall_share": 0.0, "tokens_per_s": speed} for speed in speeds]
 
@@ -251,6 +252,13 @@ def test_bytes_that_differ_from_the_cache_core_s_are_told() -> None:
     assert report.mispredicted([row]) == []
     row["trials"]["greenroom"][0]["bytes_predicted_per_token"] = 4096.0  # type: ignore[index]
     assert len(report.mispredicted([row])) == 1
+
+
+def test_disturbed_trials_are_told() -> None:
+    row = _row([1.0], [1.0, 2.0])
+    assert report.disturbed([row]) == []
+    row["trials"]["llama.cpp"][1]["others_cores"] = 0.9  # type: ignore[index]
+    assert report.disturbed([row]) == ["tiny 4-bit g64, llama.cpp: 2.00 tokens/s while others kept 0.9 cores busy"]
 
 
 @pytest.mark.parametrize(
