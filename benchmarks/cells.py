@@ -106,7 +106,7 @@ class Bench:
 
     def _llama(self, name: str, cell: Cell, model: Path, repack: bool) -> "_Engine":
         command = [*self.prefix, str(self.peer), str(_BESIDE / "llama_worker.py")]
-        return _Engine(name, model, [*command, self._job(cell, model, repack=repack)])
+        return _Engine(name, model, [*command, self._job(cell, model, repack=repack, cold=cell.fits < 1)])
 
     def _job(self, cell: Cell, model: Path, **more: "int | None") -> str:
         """What a worker loads and how, as JSON."""
@@ -129,7 +129,6 @@ def _turn(engine: _Engine, cell: Cell, number: int, limit: "int | None") -> "dic
     with contextlib.ExitStack() as stack:
         group = None
         if limit is not None:
-            limits.drop_pages(engine.model)  # a page counts where it was first read: let that be in the group
             stack.enter_context(limits.readahead(engine.model, READAHEAD_NBYTES))
             group = stack.enter_context(limits.Limit(limit))
         worker = stack.enter_context(Worker(engine.name, engine.command, group))

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def _write(path: Path, shape: Shape, quantisation: str) -> None:
         for piece in data():
             piece.tofile(file)
     writer.write_padding(file, file.tell())
+    file.flush()
+    os.fsync(file.fileno())  # a page that is still dirty cannot be dropped from the cache
     writer.close()
 
 

@@ -1,4 +1,4 @@
-"""A memory limit that counts page cache, the pages a file left there, and the disk's readahead.
+"""A memory limit that counts page cache, and the disk's readahead.
 
 A limit is a cgroup (version 1 or 2), for which root is needed. What is changed on the machine is put back on the way
 out, whatever happens in between.
@@ -75,17 +75,6 @@ def why_not() -> "str | None":
             return None
     except ConfigError as error:
         return str(error)
-
-
-def drop_pages(path: Path) -> None:
-    """Drop what the page cache holds of a file, or of the files in a folder; dirty pages are written first."""
-    for file in path.iterdir() if path.is_dir() else [path]:
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(handle)
 
 
 @contextlib.contextmanager

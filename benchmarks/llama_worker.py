@@ -5,6 +5,7 @@ Needs llama_cpp, numpy and the standard library: it runs under an interpreter th
 
 import ctypes
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -54,6 +55,15 @@ class Model:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
 
 
+def drop_pages(path: str) -> None:
+    """Drop what the page cache holds of a file: a page counts where it was first read, and that must be this group."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
+
+
 def bytes_read() -> int:
     """What this process has made the disk read so far."""
     for line in Path("/proc/self/io").read_text().splitlines():
@@ -92,6 +102,8 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
+    if job["cold"]:
+        drop_pages(job["model"])
     model = Model(job["model"], threads=job["threads"], context=job["context"], repack=job["repack"])
     model.feed(job["first"])
     version = {"engine": f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"}
