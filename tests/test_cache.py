@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from greenroom.cache import POLICIES, ExpertCache, replay
+from greenroom.cache import POLICIES, ExpertCache, Hints, replay
 
 LAYERS, EXPERTS = 3, 6
 
@@ -158,3 +158,46 @@ def test_late_guess_is_not_read_twice():
 def test_bad_settings(capacities, staging):
     with pytest.raises(ValueError):
         ExpertCache(layers=3, capacities=capacities, staging=staging)
+
+
+def kept(policy, capacity, requests):
+    """Experts resident after single-layer `requests`."""
+    one = POLICIES[policy](capacity)
+    for request in requests:
+        resident = one.update([(0, expert) for expert in request], Hints(0))
+    return {expert for _, expert in resident}
+
+
+def test_s3fifo_by_hand():
+    """Two slots, of which one is the small queue's."""
+    assert kept("s3fifo", 2, [[0], [1]]) == {0, 1}
+    assert kept("s3fifo", 2, [[0], [1], [2]]) == {1, 2}  # 0 was used once: it leaves the small queue, and is remembered
+    assert kept("s3fifo", 2, [[0], [0], [0], [1], [2]]) == {0, 2}  # used three times: it moves to the main queue
+    assert kept("s3fifo", 3, [[0], [1], [2], [3], [0], [4], [5]]) == {0, 4, 5}  # back soon after it left: main queue
+    assert kept("s3fifo", 0, [[0]]) == set()
+
+
+def test_frequency_over_age_by_hand():
+    """0 was used four times, 1 twice and since: count over age decides, 4/4 against 2/1, then 4/5 against 2/3."""
+    uses = [[0], [0], [0], [0], [1], [1]]
+    assert kept("frequency-age", 1, uses) == {1}
+    assert kept("frequency-age", 1, [*uses, [2]]) == {2}
+    assert kept("frequency-age", 2, [*uses, [2]]) == {1, 2}
+
+
+def test_probabilities_keep_what_was_nearly_chosen():
+    policy = POLICIES["probability"](1)
+    policy.update([(0, 1)], Hints(0, probabilities=[0.0, 0.9, 0.1]))
+    assert set(policy.update([(0, 2)], Hints(0, probabilities=[0.0, 0.45, 0.55]))) == {(0, 1)}
+    assert set(POLICIES["probability"](1).update([(0, 2)], Hints(0))) == {(0, 2)}  # without them: what was used
+
+
+def test_the_predictor_learns_what_follows_what():
+    """Four experts in a circle, two slots: whatever was used longest ago comes next, which recency and counts never
+    keep. Letting two of them pass hits half of the time, the optimum."""
+    requests = [(0, [number % 4]) for number in range(400)]
+    hits = {}
+    for policy in ("lru", "lfu", "learned"):
+        cache = ExpertCache(layers=1, capacities=[2], staging=1, policy=POLICIES[policy], validate=True)
+        hits[policy] = sum(len(access.hits) for access in replay(cache, requests)[-120:])
+    assert hits["lru"] == hits["lfu"] == 0 and hits["learned"] == 60

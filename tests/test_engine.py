@@ -132,7 +132,7 @@ def test_guesses_do_not_show(
         assert same(logits_of(engine.model), expected)
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lru-shared", "lfu-shared"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "s3fifo", "learned", "lru-shared", "learned-shared"])
 @pytest.mark.parametrize("slots", [1, 2])
 def test_policies_do_not_show(
     packed4: PackedModel, expected: "list[torch.Tensor]", engines: Engines, slots: int, policy: str
@@ -157,7 +157,7 @@ def test_readers_do_not_show(
     readers=st.integers(1, 4),
     prefetch=st.integers(0, 3),
     lookahead=st.integers(1, 2),
-    policy=st.sampled_from(["lru", "lfu", "lru-shared", "lfu-shared"]),
+    policy=st.sampled_from(["lru", "lfu", "s3fifo", "probability", "learned", "lru-shared", "learned-shared"]),
 )
 def test_the_order_of_arrival_does_not_show(
     packed4: PackedModel, expected: "list[torch.Tensor]", engines: Engines, seed: int, slots: int, **options: Any
@@ -211,7 +211,7 @@ def test_16_bits_are_close_to_transformers_and_4_bits_are_not(
 # --- the cache's account
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lru-shared", "lfu-shared"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "s3fifo", "learned", "lru-shared", "learned-shared"])
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_replay_of_the_trace_has_the_hits_of_the_run(
     packed4: PackedModel, engines: Engines, monkeypatch: pytest.MonkeyPatch, policy: str, prefetch: int

@@ -11,8 +11,8 @@ import greenroom
 
 ROOMS = [
     "errors", "sizes", "progress", "environment", "machine", "buffers", "threads", "quant", "config", "seam",
-    "checkpoint", "packed", "packing", "cache", "store", "transfer", "prefetch", "metrics", "kernels", "runner",
-    "model", "decode", "planner", "probe", "wheels", "demo", "engine", "library", "cli",
+    "checkpoint", "packed", "packing", "cache", "store", "transfer", "prefetch", "trace", "analyze", "metrics",
+    "kernels", "runner", "model", "decode", "planner", "probe", "wheels", "demo", "engine", "library", "cli",
 ]  # fmt: skip
 """Lowest first: a room may import itself and what stands before it."""
 
@@ -88,9 +88,12 @@ def loaded_by(statement: str) -> "set[str]":
     return set(out.split())
 
 
-@pytest.mark.parametrize("statement", ["import greenroom", "import greenroom.cache", "import greenroom.planner"])
+@pytest.mark.parametrize(
+    "statement",
+    ["import greenroom", "import greenroom.cache", "import greenroom.analyze", "import greenroom.planner"],
+)
 def test_light_modules_load_no_torch(statement: str) -> None:
-    heavy = {"torch", "transformers", "numpy", "gguf"}
+    heavy = {"torch", "transformers", "gguf", "matplotlib"} | ({"numpy"} if statement == "import greenroom" else set())
     if statement.endswith("planner"):
         assert loaded_by(statement) >= {"torch"}  # negative control: it knows the formats, which are torch's
     else:

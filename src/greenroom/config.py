@@ -46,7 +46,7 @@ class EngineSettings:
     ram: "int | None" = None
     experts_per_layer: "int | None" = None
     expert_budget: "int | None" = None
-    policy: str = "lru"
+    policy: str = "learned"
     staging: int = 4
     prefetch: int = 0
     lookahead: int = 1

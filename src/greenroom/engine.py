@@ -2,12 +2,13 @@
 
 import dataclasses
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from greenroom import kernels, planner, seam, threads
-from greenroom.cache import POLICIES, ExpertCache
+from greenroom.cache import POLICIES, EvictionPolicy, ExpertCache
 from greenroom.config import EngineSettings
 from greenroom.decode import DecodeStep
 from greenroom.machine import available_memory
@@ -60,7 +61,7 @@ class Engine:
                 layers=len(packed.manifest.experts),
                 capacities=self.plan.capacities,
                 staging=settings.staging,
-                policy=POLICIES[policy],
+                policy=self._policy(policy),
                 validate=settings.validate,
             ),
             transfer=self._transfer,
@@ -73,6 +74,12 @@ class Engine:
 
         self.model.greenroom = self
         seam.load_generation_config(self.model, packed.folder)
+
+    def _policy(self, name: str) -> "Callable[[int], EvictionPolicy]":
+        """The policy, or a cheap one where there is room for all: then nothing is ever evicted."""
+        counts = [entry.num_experts for entry in self.packed.manifest.experts]
+        everything = sum(counts) if len(self.plan.capacities) == 1 < len(counts) else max(counts)
+        return lambda capacity: POLICIES["lru" if capacity >= everything else name](capacity)
 
     def _serve(self, layer: int, module: Any, x: Any, top_k_index: Any, top_k_weights: Any) -> torch.Tensor:
         return self.runner(layer, module, x, top_k_index, top_k_weights)

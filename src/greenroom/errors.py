@@ -7,6 +7,7 @@
     ├── PackedModelError           a packed model is missing, foreign, truncated or corrupted
     ├── PackError                  packing could not go on: disk space, other settings, interrupted
     ├── BudgetError                the memory budget is too small (says what would fit)
+    ├── TraceError                 a routing trace is missing, foreign, truncated or corrupted, or cannot be written
     └── DemoError                  the demo model could not be fetched or built
 
 The command line prints `greenroom: <message>` and exits with 2; `--verbose` adds the traceback.
@@ -44,3 +45,7 @@ class BudgetError(GreenroomError):
 
 class DemoError(GreenroomError):
     """The demo model could not be fetched or built."""
+
+
+class TraceError(GreenroomError):
+    """A routing trace that is missing, foreign, truncated or corrupted, or cannot be written."""

@@ -227,8 +227,9 @@ def load(
     `model`: a packed folder, a Hugging Face folder, a hub id or "demo"; packed on first use. `ram`: what the whole
     process may hold, in bytes or as "8GiB"; None takes what the machine can spare. `experts_per_layer`: slots per layer
     (the paper's k) instead. `dtype`: of activations, float32 by default. `*_bits`, `group_size`: as in `pack`.
-    `policy`: "lru" or "lfu", per layer, or over all layers with the suffix "-shared". `prefetch`, `lookahead`: experts
-    guessed per layer and token, and how many layers ahead. `context`: tokens of KV cache to reserve room for.
+    `policy`: "lru", "lfu", "s3fifo", "frequency-age", "probability" or "learned", per layer, or over all layers with
+    the suffix "-shared". `prefetch`, `lookahead`: experts guessed per layer and token, and how many layers ahead.
+    `context`: tokens of KV cache to reserve room for.
     `staging`: buffers beside the slots; `readers`: reads in flight; `validate`: check the cache's invariants.
 
     The model is a usual one: `generate`, past key values, padding, streamers, stopping criteria. `model.greenroom` is

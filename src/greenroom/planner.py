@@ -81,7 +81,8 @@ def make_plan(
         dense=dense,
         mapped=mapped,
         kv_cache=settings.context * kv_nbytes_per_token(config, element_size),
-        working_set=_working_set(manifest, config, min(settings.context, _PROMPT_CHUNK), element_size),
+        working_set=_working_set(manifest, config, min(settings.context, _PROMPT_CHUNK), element_size)
+        + _policy_nbytes(settings.policy, experts),
         staging=settings.staging * record_nbytes,
         record_nbytes=record_nbytes,
         experts=experts,
@@ -192,6 +193,11 @@ def _working_set(manifest: Manifest, config: Any, tokens: int, element_size: int
     wide = max(tensor.rows for entry in manifest.experts for tensor in entry.tensors)
     activations = tokens * (12 * hidden + 3 * wide) * element_size
     return _KERNEL_NBYTES + activations + 4 * vocab * 4
+
+
+def _policy_nbytes(policy: str, experts: "tuple[int, ...]") -> int:
+    """The learned policy's weights: for each layer 8 sets, each with a float32 for every pair of experts."""
+    return sum(8 * 4 * count**2 for count in experts) if policy.startswith("learned") else 0
 
 
 def check_policy(name: str, known: "list[str]") -> str:

@@ -11,12 +11,13 @@ _REDRAW_S = 0.1
 
 
 class Progress:
-    """Counts bytes towards a total and draws one line. Use as a context manager.
+    """Counts bytes, or `unit`s, towards a total and draws one line. Use as a context manager.
 
-    `total` and the argument of `advance` are bytes. Nothing is printed when the stream is not a terminal.
+    `total` and the argument of `advance` are bytes or units. Nothing is printed when the stream is not a terminal.
     """
 
-    def __init__(self, label: str, total: int, stream: "TextIO | None" = None) -> None:
+    def __init__(self, label: str, total: int, stream: "TextIO | None" = None, unit: str = "") -> None:
+        self.unit = unit
         self.label, self.total, self.done = label, max(total, 1), 0
         self.stream = stream if stream is not None else sys.stderr
         self.visible = self.stream.isatty()
@@ -53,7 +54,10 @@ class Progress:
         left = f"{_clock((self.total - self.done) / rate)} left" if rate > 0 else "…"
         part = min(self.done / self.total, 1.0)
         bar = ("█" * int(part * 24)).ljust(24, "·")
-        text = f"{self.label} {bar} {part:4.0%} {format_bytes(self.done)} {rate / 1e9:.3f} GB/s {left}"
+        count = f"{self.done} {self.unit} {rate:.3g}/s"
+        if not self.unit:
+            count = f"{format_bytes(self.done)} {rate / 1e9:.3f} GB/s"
+        text = f"{self.label} {bar} {part:4.0%} {count} {left}"
         self.stream.write(f"\r\x1b[K{text}")
         self.stream.flush()
 

@@ -46,6 +46,8 @@ class ExpertRunner:
         self.metrics = Metrics()
         self.trace: list[tuple[int, tuple[int, ...]]] | None = None
         """Set to a list to record (layer, experts, least valuable first) of every call."""
+        self.observer: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+        """Called before each call with its layer, x, top_k_index and top_k_weights."""
 
     @torch.no_grad()
     def __call__(
@@ -55,6 +57,8 @@ class ExpertRunner:
 
         An index that is not an expert's (the sentinel `num_experts`) adds nothing.
         """
+        if self.observer is not None:
+            self.observer(layer, x, top_k_index, top_k_weights)
         call = _Call(self._entries[layer], x, top_k_index, top_k_weights)
         self.metrics.calls += 1
         if self.trace is not None:
@@ -87,7 +91,11 @@ class ExpertRunner:
         meanwhile: "Callable[[], None]",
     ) -> None:
         """The same for one token of the compiled decode step: a `decode.ServeToken`."""
-        valued = [expert for _, expert in sorted(zip(weights, experts, strict=True))]
+        ranked = sorted(zip(weights, experts, strict=True))
+        valued = [expert for _, expert in ranked]
+        if self.observer is not None:
+            index, values = torch.tensor([valued[::-1]]), torch.tensor([[weight for weight, _ in reversed(ranked)]])
+            self.observer(layer, x, index, values)
         self.metrics.calls += 1
         if self.trace is not None:
             self.trace.append((layer, tuple(valued)))

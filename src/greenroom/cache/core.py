@@ -19,7 +19,7 @@ guessed: a recorded trace replays to exactly the hits of the live run.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from greenroom.cache.policies import LRU, EvictionPolicy, Key
+from greenroom.cache.policies import LRU, EvictionPolicy, Hints, Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +118,19 @@ class ExpertCache:
         self._resident: list[set[Key]] = [set() for _ in capacities]
         self._queue = _Queue()
         self._active: set[Key] = set()  # requested and not yet released
+        self._recent: dict[int, Sequence[int]] = {}  # each layer's latest set, for policies
 
-    def request(self, layer: int, experts: Sequence[int], valued: "Sequence[int] | None" = None) -> Access:
+    def request(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        valued: "Sequence[int] | None" = None,
+        probabilities: "Sequence[float] | None" = None,
+    ) -> Access:
         """Ask for distinct `experts` of `layer` at once, in the order they will be computed. Ends with `finish`.
 
-        `valued`: the same experts, least valuable first, for the policy; the order of computing by default.
+        For the policy: `valued`, the same experts, least valuable first, the order of computing by default; and
+        `probabilities`, the router's for all experts of the layer.
         """
         assert not self._active, "finish the previous access first"
         needed = [(layer, expert) for expert in experts]
@@ -130,11 +138,13 @@ class ExpertCache:
         access = self._classify(needed)
         group = self._group(layer)
         ranked = needed if valued is None else [(layer, expert) for expert in valued]
+        hints = Hints(layer, self._recent, probabilities)
         self._active = set(needed)
         before = self._resident[group]
         # after an aborted access the policy may still believe in keys whose read never finished
-        after = {key for key in self._policies[group].update(ranked) if key in self._active or key in self._held}
+        after = {key for key in self._policies[group].update(ranked, hints) if key in self._active or key in self._held}
         self._resident[group] = after
+        self._recent[layer] = experts if valued is None else valued
         for key in needed:
             self._guessed.pop(key, None)
             if key in self._held:
@@ -157,7 +167,8 @@ class ExpertCache:
             return None
         self.counters.hits += len(needed)
         buffers = [held[key].buffer for key in needed]
-        after = self._policies[group].update([(layer, expert) for expert in valued])
+        after = self._policies[group].update([(layer, expert) for expert in valued], Hints(layer, self._recent))
+        self._recent[layer] = valued
         if len(after) != len(resident):  # a policy may let go of what was just used
             self._resident[group] = set(after)
             for key in resident - self._resident[group]:

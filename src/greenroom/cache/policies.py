@@ -2,14 +2,30 @@
 
 A policy sees one group of slots (one layer, or all layers when they share), never bytes or buffers.
 It is told the experts used, least valuable first, and answers with the keys that stay resident. It may
-decline to keep what was just used. See also: `core`, which turns the answer into loads.
+decline to keep what was just used. What stays depends on the sequence of requests and their hints alone.
+See also: `core`, which turns the answer into loads; `scores`, which most policies rank experts by.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from greenroom.cache.learned import CompiledLearned, learned
+from greenroom.cache.scores import Frequency, FrequencyAge, Probability, Scorer
 
 Key = tuple[int, int]
 """(MoE layer index, expert index)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What else is known when `layer` is asked for experts."""
+
+    layer: int
+    recent: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """The latest set of each layer: of this pass for the layers before, of the pass before for the others."""
+    probabilities: "Sequence[float] | None" = None
+    """The router's, for all experts of the layer, where the caller knows them."""
 
 
 class EvictionPolicy(Protocol):
@@ -17,7 +33,7 @@ class EvictionPolicy(Protocol):
 
     capacity: int
 
-    def update(self, used: Sequence[Key]) -> Collection[Key]:
+    def update(self, used: Sequence[Key], hints: Hints) -> Collection[Key]:
         """Account one atomic use of `used` (distinct keys) and return the keys resident from now on."""
         ...
 
@@ -29,7 +45,7 @@ class LRU:
         self.capacity = capacity
         self._order: dict[Key, None] = {}  # oldest first
 
-    def update(self, used: Sequence[Key]) -> Collection[Key]:
+    def update(self, used: Sequence[Key], hints: Hints) -> Collection[Key]:
         """Return the `capacity` most recently used keys."""
         for key in used:
             self._order.pop(key, None)
@@ -39,30 +55,96 @@ class LRU:
         return self._order.keys()
 
 
-class LFU:
-    """Decayed frequency: each use counts 1 and halves every `half_life` uses of the group; may bypass."""
+class S3FIFO:
+    """Three first-in-first-out queues (Yang et al., SOSP 2023): newcomers pass a small queue of a tenth of the slots;
+    what is used twice there, or again soon after it left, enters the main queue, where each use buys another round.
 
-    def __init__(self, capacity: int, half_life: float = 16.0) -> None:
+    A set counts as hits first, then as arrivals, least valuable first; an arrival may push out another of its set.
+    """
+
+    def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._decay = 0.5 ** (1.0 / half_life)
-        self._now = 0
-        self._scores: dict[Key, tuple[float, int]] = {}  # score as of the use numbered in the second field
-        self._resident: set[Key] = set()
+        self._small_capacity = max(1, capacity // 10)
+        self._small: dict[Key, int] = {}  # oldest first; uses since arrival, at most 3
+        self._main: dict[Key, int] = {}
+        self._ghost: dict[Key, None] = {}  # keys that left the small queue
 
-    def update(self, used: Sequence[Key]) -> Collection[Key]:
-        """Return the `capacity` keys of the highest decayed count among residents and `used`."""
-        self._now += 1
+    def update(self, used: Sequence[Key], hints: Hints) -> Collection[Key]:
+        """Return what the small and the main queue hold."""
+        if self.capacity == 0:
+            return ()
+        arrivals = []
         for key in used:
-            self._scores[key] = (self._score(key) + 1.0, self._now)
-        candidates = self._resident.union(used)
-        ranked = sorted(candidates, key=lambda key: (self._score(key), self._scores[key][1], key), reverse=True)
-        self._resident = set(ranked[: self.capacity])
-        return self._resident
+            queue = self._small if key in self._small else self._main
+            if key in queue:
+                queue[key] = min(queue[key] + 1, 3)
+            else:
+                arrivals.append(key)
+        for key in arrivals:
+            while len(self._small) + len(self._main) >= self.capacity:
+                self._evict()
+            if key in self._ghost:
+                del self._ghost[key]
+                self._main[key] = 0
+            else:
+                self._small[key] = 0
+        return self._small.keys() | self._main.keys()
 
-    def _score(self, key: Key) -> float:
-        score, then = self._scores.get(key, (0.0, self._now))
-        return float(score * self._decay ** (self._now - then))
+    def _evict(self) -> None:
+        """One step: a key leaves, or moves to the end of the main queue."""
+        if self._small and (len(self._small) >= self._small_capacity or not self._main):
+            key = next(iter(self._small))
+            if self._small.pop(key) > 1:
+                self._main[key] = 0
+                return
+            self._ghost[key] = None
+            if len(self._ghost) > self.capacity - self._small_capacity:
+                del self._ghost[next(iter(self._ghost))]
+            return
+        key = next(iter(self._main))
+        uses = self._main.pop(key)
+        if uses > 0:
+            self._main[key] = uses - 1
 
 
-POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {"lru": LRU, "lfu": LFU}
+class Scored:
+    """Keeps the keys of the highest scores among residents and those just used; of equal ones the lower index.
+
+    Each layer has a scorer of its own, whose clock is the layer's requests: a half-life means tokens in a shared
+    group, too.
+    """
+
+    def __init__(self, capacity: int, scorer: Callable[[], Scorer | CompiledLearned]) -> None:
+        self.capacity = capacity
+        self._scorer = scorer
+        self._layers: dict[int, Scorer | CompiledLearned] = {}
+        self._resident: dict[Key, float] = {}  # each with its score as of its layer's last request
+
+    def update(self, used: Sequence[Key], hints: Hints) -> Collection[Key]:
+        """Return the `capacity` keys of the highest scores."""
+        layer = hints.layer
+        if layer not in self._layers:
+            self._layers[layer] = self._scorer()
+        scores = self._layers[layer].one(layer, [expert for _, expert in used], hints.recent, hints.probabilities)
+        for key in used:
+            self._resident[key] = 0.0
+        self._resident |= {key: scores[key[1]] for key in self._resident if key[0] == layer}
+        while len(self._resident) > self.capacity:
+            lowest = min(self._resident.values())
+            del self._resident[max(key for key, score in self._resident.items() if score == lowest)]
+        return self._resident.keys()
+
+
+def _scored(scorer: Callable[[], Scorer | CompiledLearned]) -> Callable[[int], EvictionPolicy]:
+    return lambda capacity: Scored(capacity, scorer)
+
+
+POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
+    "lru": LRU,
+    "lfu": _scored(Frequency),
+    "s3fifo": S3FIFO,
+    "frequency-age": _scored(FrequencyAge),
+    "probability": _scored(Probability),
+    "learned": _scored(learned),
+}
 """Name on the command line → constructor taking the capacity in slots."""

@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Sequence
 
 from greenroom import __version__
-from greenroom.cli import bench, chat, pack, plan, run, verify
+from greenroom.cli import analyze, bench, chat, pack, plan, run, trace, verify
 from greenroom.errors import GreenroomError
 
-_COMMANDS = (run, chat, pack, verify, plan, bench)
+_COMMANDS = (run, chat, pack, verify, plan, bench, trace, analyze)
 
 
 class _Parser(argparse.ArgumentParser):

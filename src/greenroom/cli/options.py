@@ -41,7 +41,9 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vram", metavar="SIZE", help="GPU memory to use (this version runs on the CPU)")
     group.add_argument("--experts-per-layer", type=int, metavar="K", help="slots per layer, the paper's k, instead")
     group.add_argument(
-        "--policy", default="lru", help="lru or lfu; with -shared, one pool for all layers (default lru)"
+        "--policy",
+        default="learned",
+        help="learned, lru (the paper's), lfu, s3fifo, frequency-age or probability; with -shared, one pool (default learned)",
     )
     group.add_argument(
         "--prefetch", type=int, default=0, metavar="N", help="experts guessed per layer ahead (default 0)"

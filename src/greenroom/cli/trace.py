@@ -1,0 +1,151 @@
+"""`greenroom trace MODEL --prompts FILE --out T`: record routing while generating, or import other people's arrays."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from greenroom.cli import options as shared
+from greenroom.errors import ConfigError
+from greenroom.sizes import format_bytes
+
+
+def add(commands: Any) -> None:
+    """Register the command."""
+    parser: argparse.ArgumentParser = commands.add_parser("trace", help="record which experts are chosen")
+    parser.add_argument("model", nargs="?", help=shared.MODEL_HELP)
+    parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, or JSON lines with a field prompt")
+    parser.add_argument(
+        "--import", dest="source", metavar="FILE.npz", help="read plain arrays instead of running a model"
+    )
+    parser.add_argument("--out", metavar="T", required=True, help="the trace to write (npz)")
+    parser.add_argument("--guess-layers", type=int, default=3, metavar="D", help="layers ahead to guess (default 3)")
+    parser.add_argument("--no-probabilities", action="store_true", help="leave the router's probabilities out")
+    parser.add_argument(
+        "--num-experts", type=int, metavar="E", help="with --import: experts a layer, if not all are used"
+    )
+    shared.add_sampling(parser, max_new_tokens=256)
+    shared.add_memory(parser)
+    shared.add_bits(parser)
+    shared.add_common(parser)
+    parser.set_defaults(execute=execute)
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Record or import, and say what is in the file."""
+    _check(options)
+    report = _import(options) if options.source is not None else _record(options)
+    print(
+        f"{options.out}: {report['prompts']} prompts, {report['prompt_tokens']} tokens read and "
+        f"{report['decode_tokens']} generated, {format_bytes(report['nbytes'])}"
+    )
+    if options.json:
+        shared.print_json(report)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if (options.source is None) == (options.model is None):
+        raise ConfigError("give a model and --prompts, or --import with a file of arrays")
+    if options.source is None and options.prompts is None:
+        raise ConfigError("--prompts is missing: give a file with a prompt a line")
+    if options.guess_layers < 0:
+        raise ConfigError(f"--guess-layers must be at least 0, not {options.guess_layers}")
+    if options.num_experts is not None and not 1 <= options.num_experts <= 65535:
+        raise ConfigError(f"--num-experts must be from 1 to 65535, not {options.num_experts}")
+    if not Path(options.out).absolute().parent.is_dir():
+        raise ConfigError(f"the folder of {options.out} does not exist: make it first")
+
+
+def _import(options: argparse.Namespace) -> "dict[str, Any]":
+    from greenroom.trace import import_arrays, write_trace
+
+    trace = import_arrays(options.source, options.num_experts)
+    write_trace(options.out, trace)
+    return _report(options.out, len(trace.offsets) - 1, int(trace.prompt.sum()), trace.tokens)
+
+
+def _record(options: argparse.Namespace) -> "dict[str, Any]":
+    from greenroom import library, probe
+    from greenroom.cli import generation
+    from greenroom.model import routers
+    from greenroom.progress import Progress
+    from greenroom.trace.recorder import Recorder
+
+    generation.check_sampling(options)
+    prompts = read_prompts(Path(options.prompts))
+    folder = library.find(options.model, **shared.bits_of(options))
+    tokenizer = library.tokenizer_of(folder)
+    if tokenizer is None:
+        raise ConfigError(f"{options.model} has no tokenizer: add its tokenizer files to the checkpoint and pack again")
+    inputs = [generation.encode(tokenizer, _messages(options, prompt)) for prompt in prompts]
+    context = max(one["input_ids"].shape[1] for one in inputs) + options.max_new_tokens
+    engine = library.start(options.model, folder, shared.settings_of(options, context))
+    try:
+        experts = max(engine.plan.experts)
+        recorder = Recorder(
+            options.out,
+            routers(engine.model, engine.packed),
+            experts,
+            lookahead=options.guess_layers,
+            ranked=max(8, 4 * probe.experts_per_token(engine.model.config)),
+            probabilities=not options.no_probabilities,
+            model=str(options.model),
+        )
+        engine.runner.observer = recorder
+        with recorder, Progress("recording", len(inputs), unit="prompts") as progress:
+            for one in inputs:
+                recorder.begin(one["input_ids"].shape[1])
+                _generate(engine, one, options)
+                progress.advance(1)
+    finally:
+        engine.close()
+    return _report(options.out, len(inputs), recorder.prompt_tokens, recorder.tokens)
+
+
+def _generate(engine: Any, inputs: "dict[str, Any]", options: argparse.Namespace) -> None:
+    """Generate silently; the text is not wanted."""
+    import torch
+
+    from greenroom.cli.generation import PREFILL_CHUNK
+
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if options.temperature > 0:
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+        torch.manual_seed(options.seed)
+    if inputs["input_ids"].shape[1] > PREFILL_CHUNK:
+        sampling["prefill_chunk_size"] = PREFILL_CHUNK
+    engine.model.generate(**inputs, **sampling, max_new_tokens=options.max_new_tokens, num_beams=1)
+
+
+def _messages(options: argparse.Namespace, prompt: str) -> "list[dict[str, str]]":
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def read_prompts(path: Path) -> "list[str]":
+    """A prompt a line, blank ones left out; or, where the first line is a JSON object, the field `prompt` of each."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the prompts in {path} ({error}): give a text file") from None
+    if not lines:
+        raise ConfigError(f"{path} holds no prompt: write one a line")
+    return [_prompt_of(path, line) for line in lines] if lines[0].lstrip().startswith("{") else lines
+
+
+def _prompt_of(path: Path, line: str) -> str:
+    try:
+        return str(json.loads(line)["prompt"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path}: {line[:40]!r} is no JSON object with a field prompt") from None
+
+
+def _report(path: str, prompts: int, prompt_tokens: int, tokens: int) -> "dict[str, Any]":
+    return {
+        "trace": path,
+        "prompts": prompts,
+        "prompt_tokens": prompt_tokens,
+        "decode_tokens": tokens - prompt_tokens,
+        "nbytes": Path(path).stat().st_size,
+    }

@@ -1,0 +1,167 @@
+"""Write a routing trace as tokens come: bounded memory, nothing at its place before it is whole."""
+
+import itertools
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from greenroom.errors import TraceError
+from greenroom.trace.arrays import smallest_type
+from greenroom.trace.format import VERSION, RoutingTrace
+
+_COPY_NBYTES = 1 << 20
+
+
+class TraceWriter:
+    """Spools each array to a temporary file and packs them into `path` on `close`. Use as a context manager: an error
+    inside leaves what was at `path` before.
+
+    `top_k`, `lookahead` × `ranked` (guesses; 0 for none): sizes of the arrays. `probabilities`: whether they come.
+    """
+
+    def __init__(
+        self,
+        path: "str | Path",
+        *,
+        layers: int,
+        num_experts: int,
+        top_k: int,
+        weights: bool = False,
+        probabilities: bool = False,
+        lookahead: int = 0,
+        ranked: int = 0,
+        model: str = "",
+    ) -> None:
+        self.path = Path(path)
+        index = smallest_type(num_experts)
+        self._spools = {"experts": _Spool((layers, top_k), index), "prompt": _Spool((), np.bool_)}
+        if weights:
+            self._spools["weights"] = _Spool((layers, top_k), np.float16)
+        if probabilities:
+            self._spools["probabilities"] = _Spool((layers, num_experts), np.float16)
+        if lookahead and ranked:
+            self._spools["guesses"] = _Spool((layers, lookahead, ranked), index)
+        self._meta = {"format": "greenroom-trace", "version": VERSION, "num_experts": num_experts, "model": model}
+        self._offsets, self._passes = [0], [0]
+        self.tokens = 0
+
+    def __enter__(self) -> "TraceWriter":
+        return self
+
+    def __exit__(
+        self, kind: "type[BaseException] | None", error: "BaseException | None", trace: "TracebackType | None"
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._drop()
+
+    def add(self, passes: Sequence[int], **arrays: "NDArray[Any]") -> None:
+        """Append tokens: every array of the trace, each [n, …]; `passes`: how many tokens each forward pass had."""
+        assert arrays.keys() == self._spools.keys(), "arrays come and go"
+        for name, array in arrays.items():
+            assert len(array) == sum(passes), f"{name} has {len(array)} tokens, not {sum(passes)}"
+            self._spools[name].append(array)
+        for count in passes:
+            self.tokens += count
+            self._passes.append(self.tokens)
+
+    def end_prompt(self) -> None:
+        """What comes next belongs to another prompt."""
+        self._offsets.append(self.tokens)
+
+    def close(self) -> None:
+        """Pack, flush and rename. Raises TraceError where the disk is full or the folder cannot be written."""
+        if self._offsets[-1] != self.tokens:
+            self.end_prompt()
+        temporary = self.path.with_name(self.path.name + ".partial")
+        try:
+            with temporary.open("wb") as file:
+                self._pack(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise TraceError(f"cannot write {self.path} ({error.strerror or error}): choose another place") from error
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            self._drop()
+
+    def _pack(self, file: "IO[bytes]") -> None:
+        small = {
+            "meta": np.array(json.dumps(self._meta)),
+            "offsets": np.array(self._offsets, np.int64),
+            "passes": np.array(self._passes, np.int64),
+        }
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for name, array in small.items():
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+            for name, spool in self._spools.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    spool.copy_to(member, self.tokens)
+
+    def _drop(self) -> None:
+        for spool in self._spools.values():
+            spool.file.close()
+
+
+class _Spool:
+    """One array's rows in a temporary file."""
+
+    def __init__(self, shape: "tuple[int, ...]", dtype: Any) -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the writer)
+
+    def append(self, array: "NDArray[Any]") -> None:
+        assert array.shape[1:] == self.shape, f"rows of shape {array.shape[1:]}, not {self.shape}"
+        self.file.write(np.ascontiguousarray(array, self.dtype).tobytes())
+
+    def copy_to(self, member: "IO[bytes]", tokens: int) -> None:
+        """The whole array in the npy format."""
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (tokens, *self.shape)}
+        np.lib.format.write_array_header_1_0(member, header)
+        self.file.seek(0)
+        while block := self.file.read(_COPY_NBYTES):
+            member.write(block)
+
+
+def write_trace(path: "str | Path", trace: RoutingTrace) -> None:
+    """Write a trace that is in memory."""
+    extras = {name: getattr(trace, name) for name in ("weights", "probabilities", "guesses")}
+    lookahead, ranked = trace.guesses.shape[2:] if trace.guesses is not None else (0, 0)
+    with TraceWriter(
+        path,
+        layers=trace.layers,
+        num_experts=trace.num_experts,
+        top_k=trace.top_k,
+        weights=trace.weights is not None,
+        probabilities=trace.probabilities is not None,
+        lookahead=lookahead,
+        ranked=ranked,
+        model=trace.model,
+    ) as writer:
+        arrays = {name: array for name, array in extras.items() if array is not None}
+        starts = trace.offsets.tolist()
+        passes = np.diff(trace.passes)
+        ends = np.searchsorted(trace.passes, starts)
+        for number, (start, stop) in enumerate(itertools.pairwise(starts)):
+            rows = slice(start, stop)
+            writer.add(
+                passes[ends[number] : ends[number + 1]].tolist(),
+                experts=trace.experts[rows],
+                prompt=trace.prompt[rows],
+                **{name: array[rows] for name, array in arrays.items()},
+            )
+            writer.end_prompt()
