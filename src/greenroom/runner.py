@@ -16,6 +16,7 @@ from greenroom.metrics import Metrics, Stopwatch
 from greenroom.packed import ExpertsEntry
 from greenroom.prefetch import Prefetcher
 from greenroom.store import Arena
+from greenroom.threads import kept_from_torch
 from greenroom.transfer import Transfer
 
 _ANY_ORDER = 64
@@ -71,8 +72,9 @@ class ExpertRunner:
                 for ahead, experts in self._prefetcher.guess(layer, x, top_k_index.shape[1], prompt):
                     self._cache.guess(ahead, experts)
                 self._start_loads()
-            activation = _activation(module)
-            out = self._in_turn(layer, call, activation) if prompt else self._as_they_come(layer, call, activation)
+            serve = self._in_turn if prompt else self._as_they_come
+            with kept_from_torch():
+                out = serve(layer, call, _activation(module))
             self._cache.finish()
         except BaseException:
             self._give_up()

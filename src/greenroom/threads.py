@@ -27,9 +27,24 @@ def take_over() -> None:
 
 @contextlib.contextmanager
 def lent_to_torch() -> "Iterator[None]":
-    """Let torch use all threads: for a prompt's large products."""
-    torch.set_num_threads(count())
+    """Let torch use all threads: for large products and attention of its own."""
+    with _set(count()):
+        yield
+
+
+@contextlib.contextmanager
+def kept_from_torch() -> "Iterator[None]":
+    """Leave torch one thread: for many small operations between the kernels' calls. torch's threads spin for a while
+    after each, on the cores that the kernels' threads want."""
+    with _set(1):
+        yield
+
+
+@contextlib.contextmanager
+def _set(threads: int) -> "Iterator[None]":
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)

@@ -43,7 +43,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--policy",
         default="learned",
-        help="learned, lru (the paper's), lfu, s3fifo, frequency-age or probability; with -shared, one pool (default learned)",
+        help="learned (default), lru (the paper's), lfu, s3fifo, frequency-age or probability; with -shared, one pool",
     )
     group.add_argument(
         "--prefetch", type=int, default=0, metavar="N", help="experts guessed per layer ahead (default 0)"

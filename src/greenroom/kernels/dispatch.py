@@ -11,6 +11,7 @@ from greenroom.kernels import native, reference
 from greenroom.kernels.reference import Activation, ExpertTask
 from greenroom.packed import RecordTensor
 from greenroom.quant import Format
+from greenroom.threads import lent_to_torch
 
 
 def experts(
@@ -21,10 +22,12 @@ def experts(
     if all(taken) and tasks:
         return native.experts(x, tasks, layout, activation)
     if not any(taken):
-        return reference.experts(x, tasks, layout, activation)
+        with lent_to_torch():
+            return reference.experts(x, tasks, layout, activation)
     left = [task for task, takes in zip(tasks, taken, strict=True) if not takes]
     ours = iter(native.experts(x, [t for t, takes in zip(tasks, taken, strict=True) if takes], layout, activation))
-    theirs = iter(reference.experts(x, left, layout, activation))
+    with lent_to_torch():
+        theirs = iter(reference.experts(x, left, layout, activation))
     return [next(ours if takes else theirs) for takes in taken]
 
 
@@ -33,7 +36,10 @@ def linear(
 ) -> torch.Tensor:
     """x [n, cols] times the packed [rows, cols] matrix, transposed: [n, rows] in x's dtype, plus `bias` [rows]."""
     out = native.linear(x, packed, rows, cols, format, bias)
-    return out if out is not None else reference.linear(x, packed, rows, cols, format, bias)
+    if out is not None:
+        return out
+    with lent_to_torch():
+        return reference.linear(x, packed, rows, cols, format, bias)
 
 
 def describe(dtype: torch.dtype = torch.float32) -> str:
