@@ -159,6 +159,19 @@ def test_a_decoder_that_raises_is_left_to_its_modules(monkeypatch: pytest.Monkey
         assert engine.decode.reason == "AttributeError: no such thing"
 
 
+def test_an_interrupted_proof_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    with running(case_of("mixtral").pack(16)) as engine:
+        monkeypatch.setattr(proof, "disagreement", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decoded(engine.model)
+        monkeypatch.setattr(proof, "disagreement", lambda *_: "it differs")
+        decoded(engine.model)
+        assert engine.decode.steps == 0 and engine.decode.reason == "it differs"
+
+
 # --- what is not a plain token goes through the modules
 
 

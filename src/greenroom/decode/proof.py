@@ -21,11 +21,8 @@ def disagreement(step: Any, base: Any, parts: DecoderParts) -> str:
     """Nothing, or which layer disagrees."""
     inputs, outputs, embedded, last = _through_modules(base, parts)
     for index in range(len(parts.layers)):
-        errors = []
-        half: kv.HalfKV | None = None
+        errors, half = [], _empty(parts, index)
         for token in range(TOKENS):
-            if half is None:
-                half = _empty(parts, index)
             step.hidden.copy_(inputs[index][token])
             step.layer(index, half, Turn(parts.rotary, token, parts.width), _stand_in_token)
             half.length += 1

@@ -108,21 +108,22 @@ class DecodeStep:
 
     def prove(self) -> str:
         """Describe the decoder and compare it with its modules, unless that is done; gives `reason`."""
-        if self._tried:
-            return self.reason
-        self._tried = True
+        if not self._tried:
+            self.reason = self._why_not()
+            self._tried = True  # not before: an interrupted proof proves nothing
+        return self.reason
+
+    def _why_not(self) -> str:
         try:
             self._parts = parts = describe(self._base)
             self._hidden, self._normed = torch.zeros(1, parts.width), torch.zeros(1, parts.width)
             self._outputs = torch.empty(parts.top_k, parts.width)
             self._decoder = native.decoder(parts.described, self._hidden, self._normed)
-            self.reason = ""
-            self.reason = proof.disagreement(self, self._base, parts)
+            return proof.disagreement(self, self._base, parts)
         except NotUnderstoodError as error:
-            self.reason = str(error)
+            return str(error)
         except Exception as error:  # modelling code of any family: what cannot be described runs as before
-            self.reason = f"{type(error).__name__}: {error}"
-        return self.reason
+            return f"{type(error).__name__}: {error}"
 
     def _step(
         self,

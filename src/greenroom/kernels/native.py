@@ -127,6 +127,8 @@ def token(
 ) -> None:
     """One token's experts in one call: x [1, H], the addresses of their records, and the rows of outputs [k, H] that
     they write."""
+    if layout[0].cols != x.shape[1] or layout[1].rows != outputs.shape[1]:
+        raise ValueError(f"experts of {layout[0].cols} columns and {layout[1].rows} rows do not fit {x.shape[1]}")
     _native.token(
         x.data_ptr(), records, places, record_nbytes, _layout(layout, kind), outputs.data_ptr(), threads.count()
     )
