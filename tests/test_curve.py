@@ -63,11 +63,22 @@ def test_a_sample_of_the_layers_estimates_all():
     assert np.abs(np.diff(exact.mean(axis=0))).max() > 0.1  # negative control: sizes differ by more than the tolerance
 
 
+def test_a_short_run_is_exact():
+    """The first period watches all layers, with nothing thrown away."""
+    sets = drifting(64, 5, 8, 2)
+    sampled, exact = MissRatioCurve(5, sample=4, period=64, warmup=16), MissRatioCurve(5, sample=1)
+    for row in sets.tolist():
+        for layer, experts in enumerate(row):
+            sampled.feed(layer, experts)
+            exact.feed(layer, experts)
+    assert all(sampled.rates(layer, 8) == exact.rates(layer, 8) for layer in range(5))
+    assert exact.rates(0, 8) != exact.rates(1, 8)
+
+
 def test_a_layer_not_watched_yet_has_the_mean():
     curve = MissRatioCurve(2, sample=2, period=64, warmup=0)
     for expert in (0, 1, 0, 1):
         curve.feed(0, [expert])
-        curve.feed(1, [5])
     assert curve.rates(1, 3) == curve.rates(0, 3) == [0.0, 0.0, 0.5, 0.5]
     assert MissRatioCurve(2).rates(0, 1) == [0.0, 0.0]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from greenroom import kernels, planner, seam, threads
 from greenroom.cache import POLICIES, EvictionPolicy, ExpertCache
+from greenroom.cache.curve import MissRatioCurve
 from greenroom.config import EngineSettings
 from greenroom.decode import DecodeStep
 from greenroom.machine import available_memory
@@ -55,6 +57,8 @@ class Engine:
         self._store = store if store is not None else DiskStore(packed)
         arena = Arena(self.plan.slots + settings.staging, self.plan.record_nbytes)
         self._transfer = Transfer(self._store, arena, settings.readers, shuffle.shuffle if shuffle else None)
+        self.curve = MissRatioCurve(len(packed.manifest.experts))
+        """LRU's hit rates for every number of slots, estimated while tokens are decoded"""
         self.runner = ExpertRunner(
             entries=packed.manifest.experts,
             cache=ExpertCache(
@@ -67,6 +71,7 @@ class Engine:
             transfer=self._transfer,
             arena=arena,
             kernel=kernels.experts,
+            curve=self.curve,
             prefetcher=Prefetcher(routers(self.model, packed), settings.prefetch, settings.lookahead, settings.staging),
         )
 
@@ -87,6 +92,15 @@ class Engine:
     def metrics(self) -> Metrics:
         """A copy of the running totals."""
         return dataclasses.replace(self.runner.metrics)
+
+    def lru_hit_rates(self) -> "list[float]":
+        """LRU's estimated hit rate with 0, 1, … slots in every layer, up to all experts; empty before anything was
+        decoded."""
+        if not self.curve.requested:
+            return []
+        most = max(entry.num_experts for entry in self.packed.manifest.experts)
+        layers = range(len(self.packed.manifest.experts))
+        return [statistics.fmean(rates) for rates in zip(*(self.curve.rates(n, most) for n in layers), strict=True)]
 
     def close(self) -> None:
         """Stop the reader threads and close the files; the model no longer runs."""

@@ -169,7 +169,10 @@ def start(
     packed = PackedModel(folder)
     if is_demo(model):
         settings = with_demo_share(settings, packed.manifest)
-    return Engine(packed, settings, _dtype(dtype))
+    engine = Engine(packed, settings, _dtype(dtype))
+    if engine.decode.enabled:
+        engine.decode.prove()  # now, rather than within the first answer's second token
+    return engine
 
 
 def _dtype(dtype: "torch.dtype | str | None") -> "torch.dtype":

@@ -11,6 +11,7 @@ import torch
 
 from greenroom import seam
 from greenroom.cache import ExpertCache
+from greenroom.cache.curve import MissRatioCurve
 from greenroom.kernels import Activation, ExpertsKernel, ExpertTask, native
 from greenroom.metrics import Metrics, Stopwatch
 from greenroom.packed import ExpertsEntry
@@ -40,9 +41,10 @@ class ExpertRunner:
         arena: Arena,
         kernel: ExpertsKernel,
         prefetcher: Prefetcher,
+        curve: MissRatioCurve,
     ) -> None:
         self._entries, self._cache, self._transfer, self._arena = entries, cache, transfer, arena
-        self._kernel, self._prefetcher = kernel, prefetcher
+        self._kernel, self._prefetcher, self._curve = kernel, prefetcher, curve
         self._kinds: dict[int, str] = {}
         self.metrics = Metrics()
         self.trace: list[tuple[int, tuple[int, ...]]] | None = None
@@ -65,6 +67,8 @@ class ExpertRunner:
         if self.trace is not None:
             self.trace.append((layer, tuple(call.valued)))
         prompt = top_k_index.numel() > _ANY_ORDER
+        if not prompt:
+            self._curve.feed(layer, call.valued)
         try:
             self._cache.request(layer, call.experts, call.valued)
             self._start_loads()
@@ -101,6 +105,7 @@ class ExpertRunner:
         self.metrics.calls += 1
         if self.trace is not None:
             self.trace.append((layer, tuple(valued)))
+        self._curve.feed(layer, valued)
         kind = self._kinds.get(layer) or self._kinds.setdefault(layer, seam.activation_kind(module))
         buffers = None if self._prefetcher.experts else self._cache.hit(layer, experts, valued)
         if buffers is not None:

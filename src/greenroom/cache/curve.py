@@ -14,9 +14,9 @@ from itertools import pairwise
 class _Layer:
     order: "list[int]" = field(default_factory=list)
     """experts, the most recently used first; a set in one piece, the most valuable first"""
-    found: "list[int]" = field(default_factory=list)
+    found: "list[float]" = field(default_factory=list)
     """uses by the number of slots that would have held the expert, less one"""
-    requested: int = 0
+    requested: float = 0.0
     """experts of the requests that were watched"""
     seen: int = 0
     """requests, watched or not"""
@@ -25,8 +25,9 @@ class _Layer:
 class MissRatioCurve:
     """Hit rates of LRU for every number of slots per layer, from the requests of a running model.
 
-    `sample`: one of so many layers is watched at a time; 1 watches all, and is exact. A layer that has not been watched
-    for a while knows an old order: its first `warmup` requests after that update it and are not counted.
+    All layers are watched for their first `period` requests, so that short runs say something; then `sample`: one of so
+    many at a time, and 1 goes on watching all, and is exact. A layer that has not been watched for a while knows an old
+    order: its first `warmup` requests after that update it and are not counted.
     """
 
     def __init__(self, layers: int, *, sample: int = 8, period: int = 128, warmup: int = 32) -> None:
@@ -40,10 +41,13 @@ class MissRatioCurve:
         watched = self._layers[layer]
         turn, place = divmod(watched.seen, self._period)
         watched.seen += 1
-        if self._sample > 1 and (layer + turn) % self._sample:
+        if turn == 1 and place == 0:  # from now on a sample: what was seen of all counts as one, too
+            watched.requested /= self._sample
+            watched.found = [uses / self._sample for uses in watched.found]
+        if turn and (layer + turn) % self._sample:
             return
         used = set(experts)
-        if self._sample == 1 or place >= self._warmup:
+        if self._sample == 1 or turn == 0 or place >= self._warmup:
             watched.requested += len(used)
             for distance, expert in enumerate(watched.order):
                 if expert in used:
@@ -64,7 +68,7 @@ class MissRatioCurve:
         return [sum(self.hit_rate(n, slots) for n in known) / max(len(known), 1) for slots in range(most + 1)]
 
     @property
-    def requested(self) -> int:
+    def requested(self) -> float:
         """Experts of the requests that were counted: what the estimate rests on."""
         return sum(watched.requested for watched in self._layers)
 

@@ -28,6 +28,9 @@ class Answer:
     decode_s: float
     kernel: str
     decoder: str
+    slots_per_layer: float
+    lru_hit_rates: "list[float]"
+    """with 0, 1, … slots per layer"""
     prompt: Metrics
     decode: Metrics
 
@@ -57,6 +60,8 @@ class Answer:
             "peak_memory_bytes": memory["peak"],
             "kernel": self.kernel,
             "decoder": self.decoder,
+            "slots_per_layer": self.slots_per_layer,
+            "lru_hit_rates": self.lru_hit_rates,
         }
 
 
@@ -91,6 +96,8 @@ def answer(
         decode_s=end_s - first_s,
         kernel=engine.kernel,
         decoder=str(engine.decode),
+        slots_per_layer=engine.plan.slots / len(engine.plan.experts),
+        lru_hit_rates=engine.lru_hit_rates(),
         prompt=middle - before,
         decode=after - middle,
     )
@@ -134,10 +141,20 @@ def show_stats(report: "dict[str, Any]") -> None:
         f"{format_bytes(report['bytes_read_per_token'])} read per token",
         f"of {report['decode_s']:.2f} s decoding: {report['stall_s']:.2f} s stalled on reads, "
         f"{report['expert_compute_s']:.2f} s in experts",
+        *_what_if(report),
         f"peak memory {format_bytes(report['peak_memory_bytes'])}",
         f"kernel: {report['kernel']}; tokens are decoded by: {report['decoder']}",
     ]
     print("\n".join(lines), file=sys.stderr)
+
+
+def _what_if(report: "dict[str, Any]") -> "list[str]":
+    """What half and twice the slots would do to the hit rate."""
+    rates, slots = report["lru_hit_rates"], round(report["slots_per_layer"])
+    if not rates or slots < 1:
+        return []
+    others = sorted({max(slots // 2, 1), slots, min(2 * slots, len(rates) - 1)})
+    return ["LRU would hit " + ", ".join(f"{rates[n]:.0%} with {n}" for n in others) + " slots per layer (estimated)"]
 
 
 def encode(tokenizer: Any, messages: "list[dict[str, str]]") -> "dict[str, Any]":
