@@ -65,24 +65,12 @@ struct Avx2 {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
     }
 
-    template <int BITS>
-    static __m256i codes_at(const std::uint8_t* p, int i) {  // codes 8 i to 8 i + 7 of a block
-        if constexpr (BITS == 8) return widen(p + 8 * i);
-        constexpr int low = BITS == 3 ? 2 : BITS;            // bits that lie as shifted lanes
-        constexpr int lane = low;                            // vectors of 8 in a lane: 2 at 2 bits, 4 at 4 bits
-        const __m256i shifted = _mm256_srli_epi32(widen(p + 8 * (i % lane)), low * (i / lane));
-        const __m256i codes = _mm256_and_si256(shifted, _mm256_set1_epi32((1 << low) - 1));
-        if constexpr (BITS != 3) return codes;
-        const __m256i bit = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
-        const __m256i high = _mm256_and_si256(_mm256_set1_epi32(p[16 + i]), bit);
-        return _mm256_or_si256(codes, _mm256_and_si256(_mm256_cmpeq_epi32(high, bit), _mm256_set1_epi32(4)));
-    }
-
     template <int BITS, int SUB>
     static void unpack(const std::uint8_t* p, const float* scale, const float* offset, F* weights) {
+        static_assert(BITS == 8, "fewer bits are multiplied in integers");
         constexpr int per_group = SUB / kWidth;
         for (int i = 0; i < kBlock / kWidth; ++i)
-            weights[i] = fma(_mm256_cvtepi32_ps(codes_at<BITS>(p, i)), set1(scale[i / per_group]),
+            weights[i] = fma(_mm256_cvtepi32_ps(widen(p + 8 * i)), set1(scale[i / per_group]),
                              set1(offset[i / per_group]));
     }
 

@@ -74,12 +74,12 @@ std::uint16_t to_half(float value) {
     return static_cast<std::uint16_t>(sign | (bits - 0x38000000u) >> 13);
 }
 
-void put_key(const KeyValues& cache, int kv_head, int key_dim, int from, const float* x, int count) {
+void put_key(const KeyValues& cache, int kv_head, const float* x, int key_dim) {
     const std::int64_t block = cache.length / kPositions, lane = cache.length % kPositions;
     std::uint8_t* to = cache.keys + 2 * ((kv_head * cache.capacity + block * kPositions) * key_dim + lane);
-    for (int d = 0; d < count; ++d) {
+    for (int d = 0; d < key_dim; ++d) {
         const std::uint16_t half = to_half(x[d]);
-        std::memcpy(to + 2 * static_cast<std::int64_t>(from + d) * kPositions, &half, 2);
+        std::memcpy(to + 2 * static_cast<std::int64_t>(d) * kPositions, &half, 2);
     }
 }
 
@@ -221,7 +221,7 @@ const float* Decoder::attention(const Attention& it, const KeyValues& cache, con
     for (int i = 0; i < it.heads * dim; ++i) q[i] *= it.scale;
     for (int head = 0; head < it.kv_heads; ++head) {
         rotate(it.rotation, k + head * dim, it.rotary_dim, cosine, sine);
-        put_key(cache, head, dim, 0, k + head * dim, dim);
+        put_key(cache, head, k + head * dim, dim);
         put_value(cache, head, v + head * dim, dim);
     }
     float* mixed = sized(c_, it.heads * dim);
@@ -249,7 +249,7 @@ const float* Decoder::latent_attention(const LatentAttention& it, const KeyValue
     }
     normalize(it.latent_norm, latent, it.latent_dim, latent);
     rotate(it.rotation, latent + it.latent_dim, it.rotary_dim, cosine, sine);
-    put_key(cache, 0, key_dim, 0, latent, key_dim);
+    put_key(cache, 0, latent, key_dim);
     put_value(cache, 0, latent, it.latent_dim);
 
     // a head's query in the latent's space: nope . key_up, then the rotated part as it is

@@ -70,12 +70,9 @@ class ExpertRunner:
         if not prompt:
             self._curve.feed(layer, call.valued)
         try:
-            self._cache.request(layer, call.experts, call.valued)
-            self._start_loads()
+            self._ask(layer, call.experts, call.valued)
             if len(x):
-                for ahead, experts in self._prefetcher.guess(layer, x, top_k_index.shape[1], prompt):
-                    self._cache.guess(ahead, experts)
-                self._start_loads()
+                self._guess(layer, x, top_k_index.shape[1], prompt)
             serve = self._in_turn if prompt else self._as_they_come
             with kept_from_torch():
                 out = serve(layer, call, _activation(module))
@@ -114,11 +111,8 @@ class ExpertRunner:
             self._count()
             return
         try:
-            self._cache.request(layer, experts, valued)
-            self._start_loads()
-            for ahead, guessed in self._prefetcher.guess(layer, x, len(experts), False):
-                self._cache.guess(ahead, guessed)
-            self._start_loads()
+            self._ask(layer, experts, valued)
+            self._guess(layer, x, len(experts), prompt=False)
             meanwhile()
             places = {expert: place for place, expert in enumerate(experts)}
             while places:
@@ -137,6 +131,15 @@ class ExpertRunner:
             self._give_up()
             raise
         self._count()
+
+    def _ask(self, layer: int, experts: "list[int]", valued: "list[int]") -> None:
+        self._cache.request(layer, experts, valued)
+        self._start_loads()
+
+    def _guess(self, layer: int, x: torch.Tensor, top_k: int, prompt: bool) -> None:
+        for ahead, experts in self._prefetcher.guess(layer, x, top_k, prompt):
+            self._cache.guess(ahead, experts)
+        self._start_loads()
 
     def _token(
         self,

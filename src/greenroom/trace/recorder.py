@@ -4,8 +4,7 @@ What a layer's gate thinks is computed again from its input, for many tokens at 
 waits only for a copy of its inputs.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from greenroom.prefetch import Router
+from greenroom.threads import kept_from_torch
 from greenroom.trace.writer import TraceWriter
 
 _BATCH = 64
@@ -81,7 +81,7 @@ class Recorder:
             self._passes.append(len(x))
         self._layers[layer].add(x, index, weights)
         if len(x) > 1:  # many tokens: compute at once, and keep no more inputs than the layers ahead need
-            with torch.no_grad(), _one_thread():
+            with torch.no_grad(), kept_from_torch():
                 self._finish(layer)
             if layer >= self._lookahead:
                 self._layers[layer - self._lookahead].inputs.clear()
@@ -108,7 +108,7 @@ class Recorder:
         """Write what is pending."""
         if not self._passes:
             return
-        with torch.no_grad(), _one_thread():
+        with torch.no_grad(), kept_from_torch():
             for number, layer in enumerate(self._layers):
                 if not layer.finished:
                     self._finish(number)
@@ -180,17 +180,6 @@ class _Layer:
             np.take_along_axis(experts, order, 1).astype(np.uint16),
             np.take_along_axis(weights, order, 1).astype(np.float16),
         )
-
-
-@contextlib.contextmanager
-def _one_thread() -> "Iterator[None]":
-    """Where a core is busy, torch waits milliseconds for the thread that has none; these products are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _stack(arrays: "Sequence[NDArray[np.generic] | None]") -> "NDArray[np.generic]":
