@@ -139,6 +139,23 @@ def test_plan_says_what_fits(packed: Path, capsys: pytest.CaptureFixture[str]) -
     assert "too small" in refused(capsys, "plan", "demo", "--ram", "10MiB")
 
 
+def test_plan_knows_earlier_runs(packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("GREENROOM_CACHE", str(packed.parent / "apart"))  # other tests run this model, too
+    plan = [*("plan", str(packed), "--ram", "2GiB", "--experts-per-layer", "2"), "--json"]
+    even = json.loads(call(capsys, *plan)[1][-1])
+    assert not even["routing_known"] and even["hit_rate"] == even["resident_share"]
+    run = ["run", str(packed), "hello", "--max-new-tokens", "20", "--experts-per-layer", "2", "--json", "--stats"]
+    _, out, err = call(capsys, *run)
+    report = json.loads(out[-1])
+    less, more = report["what_if"]
+    assert less["more_nbytes"] < 0 < more["more_nbytes"] and less["hit_rate"] <= report["hit_rate"] <= more["hit_rate"]
+    assert less["tokens_per_s"] <= report["tokens_per_s"] * 1.001 <= more["tokens_per_s"] * 1.002
+    assert "estimated: with" in err
+    known = json.loads(call(capsys, *plan)[1][-1])
+    assert known["routing_known"] and known["hit_rate"] != even["hit_rate"]
+    assert [other["slots_nbytes"] < known["slots_nbytes"] for other in known["what_if"]] == [True, False]
+
+
 def test_plan_needs_no_packing(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     library.find("demo")
     source = cache / "demo" / "checkpoint"

@@ -11,8 +11,8 @@ import greenroom
 
 ROOMS = [
     "errors", "sizes", "progress", "environment", "machine", "buffers", "threads", "quant", "config", "seam",
-    "checkpoint", "packed", "packing", "cache", "store", "transfer", "prefetch", "trace", "analyze", "metrics",
-    "kernels", "runner", "model", "decode", "planner", "probe", "wheels", "demo", "engine", "library", "cli",
+    "checkpoint", "packed", "packing", "cache", "history", "store", "transfer", "prefetch", "trace", "analyze",
+    "metrics", "kernels", "runner", "model", "decode", "planner", "probe", "wheels", "demo", "engine", "library", "cli",
 ]  # fmt: skip
 """Lowest first: a room may import itself and what stands before it."""
 

@@ -13,6 +13,7 @@ from greenroom.cache import POLICIES, EvictionPolicy, ExpertCache
 from greenroom.cache.curve import MissRatioCurve
 from greenroom.config import EngineSettings
 from greenroom.decode import DecodeStep
+from greenroom.history import History
 from greenroom.machine import available_memory
 from greenroom.metrics import Metrics, process_memory
 from greenroom.model import build, routers
@@ -26,6 +27,7 @@ from greenroom.transfer import Transfer
 class Engine:
     """A packed model that runs: `engine.model` is the transformers model.
 
+    `history`: what earlier runs saw of its routing divides the slots, and this run adds to it when it is closed.
     Raises BudgetError where `settings` cannot hold it, PackedModelError where its files are damaged.
     """
 
@@ -35,6 +37,7 @@ class Engine:
         settings: EngineSettings,
         dtype: torch.dtype = torch.float32,
         *,
+        history: "History | None" = None,
         store: "Store | None" = None,
         shuffle: "random.Random | None" = None,
     ) -> None:
@@ -52,7 +55,9 @@ class Engine:
             runtime=runtime,
             budget=planner.budget_of(settings, runtime, available_memory()),
             element_size=dtype.itemsize,
+            gains=history.gains() if history else None,
         )
+        self._history = history
         self.model: Any = build(packed, config, dtype, self._serve)
         self._store = store if store is not None else DiskStore(packed)
         arena = Arena(self.plan.slots + settings.staging, self.plan.record_nbytes)
@@ -96,13 +101,20 @@ class Engine:
     def lru_hit_rates(self) -> "list[float]":
         """LRU's estimated hit rate with 0, 1, … slots in every layer, up to all experts; empty before anything was
         decoded."""
-        if not self.curve.requested:
+        counts = self.curve.counts
+        if not any(counts.requested):
             return []
         most = max(entry.num_experts for entry in self.packed.manifest.experts)
         layers = range(len(self.packed.manifest.experts))
-        return [statistics.fmean(rates) for rates in zip(*(self.curve.rates(n, most) for n in layers), strict=True)]
+        return [statistics.fmean(rates) for rates in zip(*(counts.rates(n, most) for n in layers), strict=True)]
 
-    def close(self) -> None:
-        """Stop the reader threads and close the files; the model no longer runs."""
+    def close(self, *, remember: bool = True) -> None:
+        """Stop the reader threads and close the files; the model no longer runs.
+
+        `remember`: add what was seen of its routing to its history.
+        """
+        if self._history and remember:
+            self._history.add(self.curve.counts)
+        self._history = None
         self._transfer.close()
         self._store.close()

@@ -164,12 +164,13 @@ def start(
 ) -> "Engine":
     """A running engine for `model`, packed in `folder`."""
     from greenroom.engine import Engine
+    from greenroom.history import History
     from greenroom.packed import PackedModel
 
     packed = PackedModel(folder)
     if is_demo(model):
         settings = with_demo_share(settings, packed.manifest)
-    engine = Engine(packed, settings, _dtype(dtype))
+    engine = Engine(packed, settings, _dtype(dtype), history=History(packed.manifest))
     if engine.decode.enabled:
         engine.decode.prove()  # now, rather than within the first answer's second token
     return engine
@@ -217,7 +218,7 @@ def load(
     attention_bits: "int | None" = None,
     head_bits: "int | None" = None,
     group_size: "int | None" = None,
-    policy: str = "lru",
+    policy: str = "learned",
     prefetch: int = 0,
     lookahead: int = 1,
     context: int = 2048,

@@ -5,8 +5,10 @@ Arithmetic over the manifest and the model's configuration; measures nothing its
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from greenroom.cache.curve import divide
 from greenroom.config import EngineSettings
 from greenroom.errors import BudgetError, ConfigError
 from greenroom.packed import Manifest
@@ -65,12 +67,21 @@ class Plan:
 
 
 def make_plan(
-    manifest: Manifest, config: Any, settings: EngineSettings, *, runtime: int, budget: "int | None", element_size: int
+    manifest: Manifest,
+    config: Any,
+    settings: EngineSettings,
+    *,
+    runtime: int,
+    budget: "int | None",
+    element_size: int,
+    gains: "Sequence[Sequence[float]] | None" = None,
 ) -> Plan:
     """Plan memory for a packed model.
 
     `runtime`: bytes the process holds before any weight. `budget`: bytes for everything, or None. `element_size`: bytes
-    of one activation. Raises BudgetError, saying what would do, where the budget cannot hold the fixed parts.
+    of one activation. `gains[l][n]`: the hit rate of layer l with n slots, by which a budget is divided; without it,
+    and where slots are asked for per layer, all layers get as many. Raises BudgetError, saying what would do, where
+    the budget cannot hold the fixed parts.
     """
     experts = tuple(entry.num_experts for entry in manifest.experts)
     record_nbytes = max(entry.record_nbytes for entry in manifest.experts)
@@ -86,11 +97,9 @@ def make_plan(
         staging=settings.staging * record_nbytes,
         record_nbytes=record_nbytes,
         experts=experts,
-        capacities=(0,),
+        capacities=(0,) if settings.policy.endswith("-shared") else (0,) * len(experts),
     )
-    shared = settings.policy.endswith("-shared")
-    capacities = divide(_slots(plan, settings), experts)
-    return dataclasses.replace(plan, capacities=(sum(capacities),) if shared else capacities)
+    return allot(plan, _slots(plan, settings), None if settings.experts_per_layer is not None else gains)
 
 
 def budget_of(settings: EngineSettings, runtime: int, available: int) -> "int | None":
@@ -137,18 +146,25 @@ def _round_up(nbytes: int) -> int:
     return -(-nbytes // (1 << 20)) + 8
 
 
-def divide(slots: int, experts: "tuple[int, ...]") -> "tuple[int, ...]":
-    """`slots` over the layers as evenly as their numbers of experts allow."""
-    capacities = [0] * len(experts)
-    left = min(slots, sum(experts))
-    while left:
-        open_layers = [layer for layer, count in enumerate(experts) if capacities[layer] < count]
-        share = max(left // len(open_layers), 1)
-        for layer in open_layers:
-            given = min(share, experts[layer] - capacities[layer], left)
-            capacities[layer] += given
-            left -= given
-    return tuple(capacities)
+def allot(plan: Plan, slots: int, gains: "Sequence[Sequence[float]] | None") -> Plan:
+    """The plan with `slots` slots in all, at most one an expert; `gains` as in `make_plan`."""
+    if len(plan.capacities) == 1:
+        return dataclasses.replace(plan, capacities=(min(slots, sum(plan.experts)),))
+    return dataclasses.replace(plan, capacities=tuple(divide(gains or _equal(plan), slots)))
+
+
+def _equal(plan: Plan) -> "list[list[float]]":
+    """Gains by which all layers get as many slots."""
+    return [[0.0] * (count + 1) for count in plan.experts]
+
+
+def hit_rate(plan: Plan, gains: "Sequence[Sequence[float]] | None") -> float:
+    """Mean over the layers of what their slots hit by `gains`, or, where these are not known, if every expert were
+    equally likely: the worst case for a cache. A pool that all layers share is taken as divided at best."""
+    if gains is None:
+        return plan.resident_share
+    slots = divide(gains, plan.slots) if len(plan.capacities) == 1 else plan.capacities
+    return sum(curve[n] for curve, n in zip(gains, slots, strict=True)) / len(gains)
 
 
 def _dense_nbytes(manifest: Manifest, element_size: int) -> "tuple[int, int]":

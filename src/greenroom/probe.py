@@ -20,24 +20,20 @@ _READ_NBYTES = 2 << 20
 _READERS = 4
 
 
-def predict(plan: Plan, manifest: Manifest, config: Any, weights: Path) -> "dict[str, float]":
-    """Tokens per second from measured rates: missed bytes over the disk's, all touched bytes over the kernels'.
+def measure(manifest: Manifest, weights: Path) -> "dict[str, float]":
+    """This machine's rates for the model: `disk_bytes_per_s`, `kernel_bytes_per_s`."""
+    return {
+        "disk_bytes_per_s": disk_bandwidth(weights),
+        "kernel_bytes_per_s": kernel_bandwidth(manifest.experts[0]),
+    }
 
-    `hit_rate` assumes that every expert is equally likely, the worst case for a cache; real routing is kinder.
-    """
-    disk, kernel = disk_bandwidth(weights), kernel_bandwidth(manifest.experts[0])
+
+def predict(plan: Plan, manifest: Manifest, config: Any, rates: "dict[str, float]", hit_rate: float) -> float:
+    """Tokens per second: all touched bytes over the kernels' rate, then missed bytes over the disk's."""
     top_k = experts_per_token(config)
     touched = sum(min(top_k, entry.num_experts) * entry.record_nbytes for entry in manifest.experts)
-    compute_s = (touched + plan.dense) / kernel
-    hit_rate = plan.resident_share
-    read_s = touched * (1 - hit_rate) / disk
-    return {
-        "tokens_per_s": 1 / (compute_s + read_s),
-        "tokens_per_s_resident": 1 / compute_s,
-        "hit_rate": hit_rate,
-        "disk_bytes_per_s": disk,
-        "kernel_bytes_per_s": kernel,
-    }
+    compute_s = (touched + plan.dense) / rates["kernel_bytes_per_s"]
+    return 1 / (compute_s + touched * (1 - hit_rate) / rates["disk_bytes_per_s"])
 
 
 def experts_per_token(config: Any) -> int:

@@ -5,19 +5,59 @@ so that the cost stays a fraction of a request's. Which layers are watched chang
 See also: `stack`, the same for any policy on a recorded trace.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, chain, islice, pairwise, repeat, zip_longest
+
+PRIOR = 1000.0
+"""Requested experts that the mean of all layers counts for beside a layer's own: what little was watched of one is
+mostly noise, and slots divided by it would miss more than equal ones."""
+
+
+class HitCounts:
+    """Uses of each layer's experts by the number of LRU slots that would have held them.
+
+    `requested[l]`: experts requested of layer l; `found[l][n]`: those that n + 1 slots would have held and n would not.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.requested = [0.0] * layers
+        self.found: list[list[float]] = [[] for _ in range(layers)]
+
+    def hit_rate(self, layer: int, slots: int) -> float:
+        """Share of the layer's requested experts that `slots` slots would have held; 0 before anything was counted."""
+        return sum(self.found[layer][:slots]) / self.requested[layer] if self.requested[layer] else 0.0
+
+    def rates(self, layer: int, most: int) -> "list[float]":
+        """Hit rates of 0 … `most` slots, drawn towards the mean of all layers as if PRIOR more had been seen of it."""
+        own, total = self.requested[layer], sum(self.requested)
+        mean = _running_sums(map(sum, zip_longest(*self.found, fillvalue=0.0)), most)
+        mine = _running_sums(self.found[layer], most)
+        if not total:
+            return mine
+        return [(hits + PRIOR * everyones / total) / (own + PRIOR) for hits, everyones in zip(mine, mean, strict=True)]
+
+    def add(self, other: "HitCounts") -> None:
+        """Count what `other` counted, too."""
+        for layer, found in enumerate(other.found):
+            self.requested[layer] += other.requested[layer]
+            self.found[layer] = list(map(sum, zip_longest(self.found[layer], found, fillvalue=0.0)))
+
+    def scale(self, layer: int, by: float) -> None:
+        """Let what was counted of a layer weigh `by` times as much."""
+        self.requested[layer] *= by
+        self.found[layer] = [uses * by for uses in self.found[layer]]
+
+
+def _running_sums(found: Iterable[float], most: int) -> "list[float]":
+    """Sums of the first 0 … `most` numbers; what is missing is 0."""
+    return list(accumulate(islice(chain(found, repeat(0.0)), most), initial=0.0))
 
 
 @dataclass(slots=True)
 class _Layer:
     order: "list[int]" = field(default_factory=list)
     """experts, the most recently used first; a set in one piece, the most valuable first"""
-    found: "list[float]" = field(default_factory=list)
-    """uses by the number of slots that would have held the expert, less one"""
-    requested: float = 0.0
-    """experts of the requests that were watched"""
     seen: int = 0
     """requests, watched or not"""
 
@@ -33,6 +73,8 @@ class MissRatioCurve:
     def __init__(self, layers: int, *, sample: int = 8, period: int = 128, warmup: int = 32) -> None:
         if layers < 1 or sample < 1 or period < 1 or warmup < 0 or (sample > 1 and warmup >= period):
             raise ValueError(f"{layers=} {sample=} {period=} {warmup=}: need at least 1, and a warmup within a period")
+        self.counts = HitCounts(layers)
+        """what was watched"""
         self._layers = [_Layer() for _ in range(layers)]
         self._sample, self._period, self._warmup = min(sample, layers), period, warmup
 
@@ -42,56 +84,33 @@ class MissRatioCurve:
         turn, place = divmod(watched.seen, self._period)
         watched.seen += 1
         if turn == 1 and place == 0:  # from now on a sample: what was seen of all counts as one, too
-            watched.requested /= self._sample
-            watched.found = [uses / self._sample for uses in watched.found]
+            self.counts.scale(layer, 1 / self._sample)
         if turn and (layer + turn) % self._sample:
             return
-        used = set(experts)
+        used, found = set(experts), self.counts.found[layer]
         if self._sample == 1 or turn == 0 or place >= self._warmup:
-            watched.requested += len(used)
+            self.counts.requested[layer] += len(used)
             for distance, expert in enumerate(watched.order):
                 if expert in used:
-                    watched.found[distance] += 1
+                    found[distance] += 1
         watched.order = [*reversed(experts), *[expert for expert in watched.order if expert not in used]]
-        watched.found.extend([0] * (len(watched.order) - len(watched.found)))
-
-    def hit_rate(self, layer: int, slots: int) -> float:
-        """Share of the layer's requested experts that `slots` slots would have held; 0 before anything was watched."""
-        watched = self._layers[layer]
-        return sum(watched.found[:slots]) / watched.requested if watched.requested else 0.0
-
-    def rates(self, layer: int, most: int) -> "list[float]":
-        """Hit rates of 0 … `most` slots. A layer not watched yet has the mean of those that were."""
-        if self._layers[layer].requested:
-            return [self.hit_rate(layer, slots) for slots in range(most + 1)]
-        known = [number for number, other in enumerate(self._layers) if other.requested]
-        return [sum(self.hit_rate(n, slots) for n in known) / max(len(known), 1) for slots in range(most + 1)]
-
-    @property
-    def requested(self) -> float:
-        """Experts of the requests that were counted: what the estimate rests on."""
-        return sum(watched.requested for watched in self._layers)
+        found.extend([0.0] * (len(watched.order) - len(found)))
 
 
-def divide(gains: Sequence[Sequence[float]], sizes: Sequence[int], budget: int) -> "list[int]":
-    """Slots per layer that a budget of bytes holds and that gain most.
+def divide(gains: Sequence[Sequence[float]], slots: int) -> "list[int]":
+    """Slots per layer, `slots` in all or as many as there are experts, that gain most.
 
-    `gains[l][n]`: what n slots give layer l, from n = 0 to all its experts, for example its hit rate times its
-    requests; `sizes[l]`: bytes of a slot. Slots are given one by one, by gain per byte along the least concave curve
-    above `gains`; among equals to the layer that has fewest. Where curves are concave and sizes equal, nothing gains
-    more.
+    `gains[l][n]`: what n slots give layer l, from n = 0 to all its experts, for example its hit rate. Slots are given
+    one by one, by gain along the least concave curve above `gains`; among equals to the layer that has fewest. Where
+    curves are concave, nothing gains more.
     """
     offers = [
-        (-gain / size, slot, layer)
-        for layer, (curve, size) in enumerate(zip(gains, sizes, strict=True))
-        for slot, gain in enumerate(_concave_steps(curve))
+        (-gain, slot, layer) for layer, curve in enumerate(gains) for slot, gain in enumerate(_concave_steps(curve))
     ]
-    slots = [0] * len(gains)
-    for _, _, layer in sorted(offers):
-        if sizes[layer] <= budget:
-            slots[layer] += 1
-            budget -= sizes[layer]
-    return slots
+    given = [0] * len(gains)
+    for _, _, layer in sorted(offers)[:slots]:
+        given[layer] += 1
+    return given
 
 
 def _concave_steps(curve: Sequence[float]) -> "list[float]":

@@ -45,7 +45,7 @@ def execute(options: argparse.Namespace) -> int:
         prompt = torch.randint(vocabulary, (1, options.prompt_tokens), generator=generator)
         trials = [_trial(engine, prompt, options.tokens) for _ in range(options.trials + 1)][1:]
     finally:
-        engine.close()
+        engine.close(remember=False)  # tokens of no text say nothing of the next run's
     report = _report(engine, trials, floor)
     for number, trial in enumerate(trials, start=1):
         print(

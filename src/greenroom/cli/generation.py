@@ -17,6 +17,10 @@ PREFILL_CHUNK = 512
 """Prompt tokens per pass: bounds activations, and does not depend on the budget, so neither do the bits."""
 
 
+STEP_NBYTES = 2 << 30
+"""More and less memory whose effect is told: this, or an eighth of all experts where that is less."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
     """What was generated and what it cost. Times in seconds; `decode` counts from the first token on."""
@@ -29,6 +33,7 @@ class Answer:
     kernel: str
     decoder: str
     slots_per_layer: float
+    slots_nbytes: int
     lru_hit_rates: "list[float]"
     """with 0, 1, … slots per layer"""
     prompt: Metrics
@@ -43,7 +48,7 @@ class Answer:
         """The figures for people and machines. Rates are of decoding: the first token is the prompt's."""
         steps = self.new_tokens - 1
         memory = process_memory()
-        return {
+        report: dict[str, Any] = {
             "text": self.text,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
@@ -61,8 +66,10 @@ class Answer:
             "kernel": self.kernel,
             "decoder": self.decoder,
             "slots_per_layer": self.slots_per_layer,
+            "slots_nbytes": self.slots_nbytes,
             "lru_hit_rates": self.lru_hit_rates,
         }
+        return {**report, "what_if": what_if(report)}
 
 
 def answer(
@@ -97,6 +104,7 @@ def answer(
         kernel=engine.kernel,
         decoder=str(engine.decode),
         slots_per_layer=engine.plan.slots / len(engine.plan.experts),
+        slots_nbytes=engine.plan.slots_nbytes,
         lru_hit_rates=engine.lru_hit_rates(),
         prompt=middle - before,
         decode=after - middle,
@@ -141,20 +149,54 @@ def show_stats(report: "dict[str, Any]") -> None:
         f"{format_bytes(report['bytes_read_per_token'])} read per token",
         f"of {report['decode_s']:.2f} s decoding: {report['stall_s']:.2f} s stalled on reads, "
         f"{report['expert_compute_s']:.2f} s in experts",
-        *_what_if(report),
+        *_outlook(report["what_if"]),
         f"peak memory {format_bytes(report['peak_memory_bytes'])}",
         f"kernel: {report['kernel']}; tokens are decoded by: {report['decoder']}",
     ]
     print("\n".join(lines), file=sys.stderr)
 
 
-def _what_if(report: "dict[str, Any]") -> "list[str]":
-    """What half and twice the slots would do to the hit rate."""
-    rates, slots = report["lru_hit_rates"], round(report["slots_per_layer"])
-    if not rates or slots < 1:
+def _outlook(others: "list[dict[str, float]]") -> "list[str]":
+    """What less and more memory would do, in one line."""
+    parts = [
+        f"with {format_bytes(abs(other['more_nbytes']))} {'more' if other['more_nbytes'] > 0 else 'less'} "
+        f"{other['hit_rate']:.0%} hits and {other['tokens_per_s']:.1f} tokens/s"
+        for other in others
+    ]
+    return ["estimated: " + ", ".join(parts)] if parts else []
+
+
+def what_if(report: "dict[str, Any]") -> "list[dict[str, float]]":
+    """What a little less and a little more memory for slots would have done: bytes more, hit rate, tokens/s.
+
+    Misses change as LRU's would; the time of a token apart from stalls stays, the stalls change like the misses.
+    """
+    rates, slots = report["lru_hit_rates"], report["slots_per_layer"]
+    if not rates or not report["tokens_per_s"] or not slots:
         return []
-    others = sorted({max(slots // 2, 1), slots, min(2 * slots, len(rates) - 1)})
-    return ["LRU would hit " + ", ".join(f"{rates[n]:.0%} with {n}" for n in others) + " slots per layer (estimated)"]
+    layer_nbytes, most = report["slots_nbytes"] / slots, len(rates) - 1
+    step = min(STEP_NBYTES / layer_nbytes, most / 8)
+    found = []
+    for other in (max(slots - step, 0.0), min(slots + step, most)):
+        now, then = 1 - _between(rates, slots), 1 - _between(rates, other)
+        if other == slots or now <= 0:
+            continue
+        token_s, stall_s = 1 / report["tokens_per_s"], report["stall_s"] / (report["new_tokens"] - 1)
+        found.append(
+            {
+                "more_nbytes": (other - slots) * layer_nbytes,
+                "hit_rate": 1 - min((1 - report["hit_rate"]) * then / now, 1.0),
+                "tokens_per_s": 1 / (token_s - stall_s + stall_s * then / now),
+            }
+        )
+    return found
+
+
+def _between(rates: "list[float]", slots: float) -> float:
+    """The hit rate of a number of slots that need not be whole."""
+    below = min(int(slots), len(rates) - 1)
+    above = min(below + 1, len(rates) - 1)
+    return rates[below] + (rates[above] - rates[below]) * (slots - below)
 
 
 def encode(tokenizer: Any, messages: "list[dict[str, str]]") -> "dict[str, Any]":

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from greenroom.cli import options as shared
+from greenroom.cli.generation import STEP_NBYTES
 from greenroom.errors import BudgetError
 from greenroom.sizes import format_bytes
 
@@ -27,6 +28,7 @@ def execute(options: argparse.Namespace) -> int:
     """Print the plan; exit code 2 where the budget cannot hold the model."""
     from greenroom import library, planner, probe, seam
     from greenroom.cache import POLICIES
+    from greenroom.history import History
     from greenroom.machine import available_memory
     from greenroom.metrics import process_memory
 
@@ -39,11 +41,28 @@ def execute(options: argparse.Namespace) -> int:
     planner.check_policy(settings.policy, sorted(POLICIES))
     free = available_memory()
     budget = planner.budget_of(settings, runtime, free)
+    gains = History(manifest).gains()
     try:
-        plan = planner.make_plan(manifest, config, settings, runtime=runtime, budget=budget, element_size=4)
+        plan = planner.make_plan(
+            manifest, config, settings, runtime=runtime, budget=budget, element_size=4, gains=gains
+        )
     except BudgetError as error:
         raise BudgetError(f"{options.model} cannot run: {error}") from None
-    speed = probe.predict(plan, manifest, config, weights)
+    rates = probe.measure(manifest, weights)
+
+    def outlook(plan: "Plan") -> "dict[str, float]":
+        hit_rate = planner.hit_rate(plan, gains)
+        speed = probe.predict(plan, manifest, config, rates, hit_rate)
+        return {"slots_nbytes": plan.slots_nbytes, "hit_rate": hit_rate, "tokens_per_s": speed}
+
+    divided = None if settings.experts_per_layer is not None else gains
+    speed: dict[str, Any] = {
+        **outlook(plan),
+        "tokens_per_s_resident": probe.predict(plan, manifest, config, rates, 1.0),
+        **rates,
+        "routing_known": gains is not None,
+        "what_if": [outlook(planner.allot(plan, slots, divided)) for slots in _others(plan)],
+    }
     print(_table(options.model, manifest, plan, speed, free))
     if settings.ram is not None and settings.ram > runtime + free:
         print(f"only {format_bytes(runtime + free)} are free now: with --ram {options.ram} this machine may run out")
@@ -70,7 +89,14 @@ def _describe(options: argparse.Namespace) -> "tuple[Manifest, Path, Path]":
         return preview(checkpoint, settings), source, checkpoint.shards.paths[0]
 
 
-def _report(plan: "Plan", speed: "dict[str, float]", free: int) -> "dict[str, Any]":
+def _others(plan: "Plan") -> "list[int]":
+    """Slots that a little less and a little more memory would hold."""
+    step = max(min(STEP_NBYTES, sum(plan.experts) * plan.record_nbytes // 8) // plan.record_nbytes, 1)
+    less, more = max(plan.slots - step, 0), min(plan.slots + step, sum(plan.experts))
+    return [slots for slots in (less, more) if slots != plan.slots]
+
+
+def _report(plan: "Plan", speed: "dict[str, Any]", free: int) -> "dict[str, Any]":
     return {
         "budget": plan.budget,
         "free": free,
@@ -82,7 +108,6 @@ def _report(plan: "Plan", speed: "dict[str, float]", free: int) -> "dict[str, An
         "working_set": plan.working_set,
         "staging": plan.staging,
         "slots": plan.slots,
-        "slots_nbytes": plan.slots_nbytes,
         "experts": sum(plan.experts),
         "record_nbytes": plan.record_nbytes,
         "resident_share": plan.resident_share,
@@ -90,7 +115,7 @@ def _report(plan: "Plan", speed: "dict[str, float]", free: int) -> "dict[str, An
     }
 
 
-def _table(model: str, manifest: "Manifest", plan: "Plan", speed: "dict[str, float]", free: int) -> str:
+def _table(model: str, manifest: "Manifest", plan: "Plan", speed: "dict[str, Any]", free: int) -> str:
     experts = sum(plan.experts)
     settings = manifest.settings
     low, high = min(plan.capacities), max(plan.capacities)
@@ -112,10 +137,17 @@ def _table(model: str, manifest: "Manifest", plan: "Plan", speed: "dict[str, flo
     ]
     lines = [f"{model}: {manifest.architecture}, {len(plan.experts)} MoE layers, {experts} experts"]
     lines += [f"  {name:<14} {format_bytes(size):>10}   {note}" for name, size, note in rows]
+    basis = "LRU, as in earlier runs" if speed["routing_known"] else "if experts were chosen evenly"
     lines.append(
-        f"  predicted: {speed['tokens_per_s']:.2f} tokens/s if experts were chosen evenly "
-        f"({speed['hit_rate']:.0%} hits), {speed['tokens_per_s_resident']:.2f} if every expert hit"
+        f"  predicted: {speed['tokens_per_s']:.2f} tokens/s, {speed['hit_rate']:.0%} hits ({basis}), "
+        f"{speed['tokens_per_s_resident']:.2f} if every expert hit"
     )
+    for other in speed["what_if"]:
+        change = other["slots_nbytes"] - plan.slots_nbytes
+        lines.append(
+            f"  with {format_bytes(abs(change))} {'more' if change > 0 else 'less'}: "
+            f"{other['tokens_per_s']:.2f} tokens/s, {other['hit_rate']:.0%} hits"
+        )
     lines.append(
         f"  measured: disk {speed['disk_bytes_per_s'] / 1e9:.2f} GB/s, "
         f"kernels {speed['kernel_bytes_per_s'] / 1e9:.2f} GB/s of packed weights"
