@@ -173,6 +173,12 @@ def test_bench_prints_the_floor_first(packed: Path, capsys: pytest.CaptureFixtur
     assert 0 < report["ratio_to_floor"] <= 1.5
 
 
+def test_bench_answers_a_prompt(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--tokens", "3", "--trials", "1", "--json", "--prompt"]
+    reports = [json.loads(call(capsys, "bench", "demo", *flags, text)[1][-1]) for text in ("hello", "hello there, you")]
+    assert reports[0]["prompt_bytes_read"] <= reports[1]["prompt_bytes_read"] and reports[0]["tokens_per_s"] > 0
+
+
 @pytest.mark.parametrize(
     "arguments,words",
     [

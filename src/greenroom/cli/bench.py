@@ -2,8 +2,10 @@
 
 import argparse
 import statistics
+from pathlib import Path
 from typing import Any
 
+from greenroom.cli import generation
 from greenroom.cli import options as shared
 from greenroom.errors import ConfigError
 from greenroom.sizes import format_bytes
@@ -15,7 +17,8 @@ def add(commands: Any) -> None:
     parser.add_argument("model", help=shared.MODEL_HELP)
     parser.add_argument("--tokens", type=int, default=32, help="tokens per trial (default 32)")
     parser.add_argument("--trials", type=int, default=3, help="trials after one warm-up (default 3)")
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="length of the prompt (default 64)")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="length of a random prompt (default 64)")
+    parser.add_argument("--prompt", metavar="TEXT", help="a prompt to answer instead: routing as text has it")
     shared.add_memory(parser)
     shared.add_bits(parser)
     shared.add_common(parser)
@@ -24,8 +27,6 @@ def add(commands: Any) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Measure."""
-    import torch
-
     from greenroom import library, probe
     from greenroom.machine import ram_bandwidth
 
@@ -33,16 +34,14 @@ def execute(options: argparse.Namespace) -> int:
         if getattr(options, name) < (2 if name == "tokens" else 1):
             raise ConfigError(f"--{name.replace('_', '-')} is too small")
     folder = library.find(options.model, **shared.bits_of(options))
-    context = options.prompt_tokens + options.tokens
+    prompt = _prompt(options, folder)
+    context = prompt.shape[1] + options.tokens
     engine = library.start(options.model, folder, shared.settings_of(options, context))
     try:
         manifest = engine.packed.manifest
         floor = {"ram": ram_bandwidth(), "disk": probe.disk_bandwidth(folder / manifest.experts[0].file)}
         print(f"floor: RAM {floor['ram'] / 1e9:.1f} GB/s, disk {floor['disk'] / 1e9:.2f} GB/s", flush=True)
         print(f"kernel: {engine.kernel}", flush=True)
-        vocabulary = engine.model.config.get_text_config().vocab_size
-        generator = torch.Generator().manual_seed(0)
-        prompt = torch.randint(vocabulary, (1, options.prompt_tokens), generator=generator)
         trials = [_trial(engine, prompt, options.tokens) for _ in range(options.trials + 1)][1:]
     finally:
         engine.close(remember=False)  # tokens of no text say nothing of the next run's
@@ -63,8 +62,26 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
+def _prompt(options: argparse.Namespace, folder: Path) -> Any:
+    """Token ids [1, n]: of the text given, or random ones."""
+    import torch
+
+    from greenroom import library, seam
+
+    if options.prompt is None:
+        vocabulary = seam.load_config(folder).get_text_config().vocab_size
+        return torch.randint(vocabulary, (1, options.prompt_tokens), generator=torch.Generator().manual_seed(0))
+    tokenizer = library.tokenizer_of(folder)
+    if tokenizer is None:
+        raise ConfigError(f"{options.model} has no tokenizer: leave --prompt out")
+    ids = generation.encode(tokenizer, [{"role": "user", "content": options.prompt}])["input_ids"]
+    if not ids.shape[1]:
+        raise ConfigError("--prompt has no tokens: give a text")
+    return ids
+
+
 def _trial(engine: Any, prompt: Any, tokens: int) -> "dict[str, float]":
-    """One prompt and `tokens` greedy tokens, fed by hand so that the end token does not end it."""
+    """The prompt and `tokens` greedy tokens, fed by hand so that the end token does not end it."""
     import time
 
     import torch
