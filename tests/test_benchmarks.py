@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -310,3 +311,20 @@ def test_greenroom_s_worker_reads_what_the_cache_core_predicts(tmp_path: Path) -
     assert worker.about["experts"] == TINY.layers * TINY.experts
     assert trial["bytes_predicted_per_token"] == trial["bytes_read_per_token"]
     assert trial["tokens_per_s"] > 0
+
+
+def test_the_page_on_the_paper_is_what_the_results_say() -> None:
+    from benchmarks import paper
+
+    assert paper.PAGE.read_text() == paper.page(), "run python -m benchmarks.paper"
+
+
+def test_the_page_names_what_there_is() -> None:
+    from benchmarks import paper
+
+    for name in re.findall(r"figures/[\w.-]+", paper.page()):
+        assert (paper.PAGE.parent / name).is_file()
+    for _, where, command in paper.IDEAS:
+        for room in re.findall(r"`([a-z]+)[`.]", where):
+            assert any((paper.ROOT / "src" / "greenroom").glob(f"{room}*")), room
+        assert "greenroom" in command or "prompt_bytes_read" in command
