@@ -52,8 +52,8 @@ class Watched:
     def __init__(self, recorder: Recorder) -> None:
         self.recorder, self.calls = recorder, []
 
-    def __call__(self, layer: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
-        self.calls.append((layer, x.clone(), index.clone(), weights.clone()))
+    def __call__(self, layer: int, x: torch.Tensor, index: Any, weights: Any) -> None:
+        self.calls.append((layer, x.clone(), torch.as_tensor(index).clone(), torch.as_tensor(weights).clone()))
         self.recorder(layer, x, index, weights)
 
 

@@ -20,6 +20,8 @@ from greenroom.store import Arena
 from greenroom.threads import kept_from_torch
 from greenroom.transfer import Transfer
 
+Rows = torch.Tensor | list[list[int]] | list[list[float]]
+
 _ANY_ORDER = 64
 """Up to this many (token, expert) pairs, outputs are kept until all are there, and computed in order of arrival."""
 
@@ -49,8 +51,9 @@ class ExpertRunner:
         self.metrics = Metrics()
         self.trace: list[tuple[int, tuple[int, ...]]] | None = None
         """Set to a list to record (layer, experts, least valuable first) of every call."""
-        self.observer: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
-        """Called before each call with its layer, x, top_k_index and top_k_weights."""
+        self.observer: Callable[[int, torch.Tensor, Rows, Rows], None] | None = None
+        """Called before each call with its layer, x, top_k_index and top_k_weights; for a single token the last two may
+        be lists of one row: tensors of a few numbers take longer to make than to use."""
 
     @torch.no_grad()
     def __call__(
@@ -97,8 +100,7 @@ class ExpertRunner:
         ranked = sorted(zip(weights, experts, strict=True))
         valued = [expert for _, expert in ranked]
         if self.observer is not None:
-            index, values = torch.tensor([valued[::-1]]), torch.tensor([[weight for weight, _ in reversed(ranked)]])
-            self.observer(layer, x, index, values)
+            self.observer(layer, x, [valued[::-1]], [[weight for weight, _ in reversed(ranked)]])
         self.metrics.calls += 1
         if self.trace is not None:
             self.trace.append((layer, tuple(valued)))

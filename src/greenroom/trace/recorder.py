@@ -16,6 +16,9 @@ from greenroom.prefetch import Router
 from greenroom.threads import kept_from_torch
 from greenroom.trace.writer import TraceWriter
 
+Rows = torch.Tensor | list[list[int]] | list[list[float]]
+"""One row a token"""
+
 _BATCH = 64
 """Generated tokens that are kept before their gates are computed."""
 
@@ -73,7 +76,7 @@ class Recorder:
             self._writer.end_prompt()
         self._unread = prompt_tokens
 
-    def __call__(self, layer: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+    def __call__(self, layer: int, x: torch.Tensor, index: Rows, weights: Rows) -> None:
         """Note one layer's call."""
         if layer == 0:
             if len(x) > 1 or self._layers[0].finished or len(self._passes) >= _BATCH:
@@ -147,12 +150,12 @@ class _Layer:
 
     def __init__(self) -> None:
         self.inputs: list[torch.Tensor] = []
-        self._index: list[torch.Tensor] = []
-        self._weights: list[torch.Tensor] = []
+        self._index: list[Rows] = []
+        self._weights: list[Rows] = []
         self.probabilities: NDArray[np.float16] | None = None
         self.guesses: NDArray[np.uint16] | None = None
 
-    def add(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor, index: Rows, weights: Rows) -> None:
         self.inputs.append(x.detach().clone())  # the model may write over it
         self._index.append(index)
         self._weights.append(weights)
@@ -164,22 +167,26 @@ class _Layer:
 
     @property
     def top_k(self) -> int:
-        return self._index[0].shape[1] if self._index else 0
+        return np.shape(self._index[0])[1] if self._index else 0
 
     def chosen(self, count: int, top_k: int, nobody: int) -> "tuple[NDArray[np.uint16], NDArray[np.float16]]":
         """(experts, weights) [count, top_k], most valuable first: by weight, then the higher expert."""
         experts = np.full((count, top_k), nobody, np.int64)
         weights = np.zeros((count, top_k), np.float32)
         if self._index:
-            index = torch.cat(self._index).numpy()
+            index = np.concatenate([np.asarray(rows, np.int64) for rows in self._index])
             experts[:, : index.shape[1]] = np.where((index >= 0) & (index < nobody), index, nobody)
-            weights[:, : index.shape[1]] = torch.cat(self._weights).detach().float().numpy()
+            weights[:, : index.shape[1]] = np.concatenate([_floats(rows) for rows in self._weights])
         weights[experts == nobody] = 0.0
         order = np.lexsort((-experts, -weights, experts == nobody), axis=1)
         return (
             np.take_along_axis(experts, order, 1).astype(np.uint16),
             np.take_along_axis(weights, order, 1).astype(np.float16),
         )
+
+
+def _floats(rows: Rows) -> "NDArray[np.float32]":
+    return np.asarray(rows.detach().float() if isinstance(rows, torch.Tensor) else rows, np.float32)
 
 
 def _stack(arrays: "Sequence[NDArray[np.generic] | None]") -> "NDArray[np.generic]":
