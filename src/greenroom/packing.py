@@ -127,7 +127,7 @@ class _Packing:
         self.experts = [self._experts_file(i, module) for i, module in enumerate(checkpoint.experts)]
         self.dense = self._dense_files()
         self.files = [file for file, _ in self.experts] + [file for file, _ in self.dense]
-        self.source = {"fingerprint": _fingerprint(checkpoint)}
+        self.source = {"fingerprint": fingerprint(checkpoint)}
 
     def run(self) -> PackedModel:
         plan = json.dumps([self.source, dataclasses.asdict(self.settings)], sort_keys=True)
@@ -342,7 +342,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(checkpoint: Checkpoint) -> str:
     """Identifies the source by its configuration, its tensors' places and a sample of each, not by reading it all."""
     digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
     for name, info in sorted(checkpoint.shards.tensors.items()):

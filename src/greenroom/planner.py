@@ -16,7 +16,6 @@ from greenroom.sizes import format_bytes
 
 _KERNEL_NBYTES = 48 << 20  # dequantised tiles and their temporaries; see kernels.reference.TILE
 _SPARE = 0.9  # without a budget: the share of free memory that greenroom takes at most
-_PROMPT_CHUNK = 512  # the most tokens whose activations the working set reserves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +91,7 @@ def make_plan(
         dense=dense,
         mapped=mapped,
         kv_cache=settings.context * kv_nbytes_per_token(config, element_size),
-        working_set=_working_set(manifest, config, min(settings.context, _PROMPT_CHUNK), element_size)
+        working_set=_working_set(manifest, config, min(settings.context, settings.prompt_chunk), element_size)
         + _policy_nbytes(settings.policy, experts),
         staging=settings.staging * record_nbytes,
         record_nbytes=record_nbytes,

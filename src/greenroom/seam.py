@@ -154,17 +154,18 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> Any:
         ) from error
 
 
-def experts_modules(model: Any) -> list[ExpertsModule]:
+def experts_modules(model: Any, dense_too: bool = False) -> list[ExpertsModule]:
     """All modules behind the seam, in order of the model's layers.
 
-    Raises UnsupportedModelError where there is none, or a module has parameters that are not understood.
+    Raises UnsupportedModelError where there is none, unless `dense_too` allows that, or a module has parameters that
+    are not understood.
     """
     found = [
         _describe(name, module)
         for name, module in model.named_modules()
         if all(hasattr(module, flag) for flag in _SEAM_FLAGS)
     ]
-    if not found:
+    if not found and not dense_too:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no experts behind transformers' experts seam: it is dense, or a family that "
             f"transformers {transformers.__version__} does not route through it; there is nothing to offload"
@@ -287,6 +288,21 @@ def packable_linears(model: Any, experts: list[ExpertsModule]) -> list[str]:
     return names
 
 
+def decoder_layers(model: Any) -> str:
+    """Path of the list of decoder layers: the one that holds experts, else the one as long as the config says.
+
+    Raises UnsupportedModelError where there is no such list.
+    """
+    experts = experts_modules(model, dense_too=True)
+    if experts:
+        return _stack(experts[-1].name)
+    count = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0) or 0)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return str(name)
+    raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder layers: please report it")
+
+
 def _narrow(linear: nn.Linear) -> bool:
     return linear.out_features * 16 <= linear.in_features
 
@@ -360,6 +376,25 @@ def serve_experts(model: Any, experts: "list[ExpertsModule]", layers: "dict[str,
         module.greenroom_layer, module.greenroom_serve = layers[spec.name], serve
 
 
+def own_expert(module: Any, weights: "dict[str, torch.Tensor]", x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """One expert as transformers' own code computes it, for a module whose experts are served.
+
+    `weights`: the parameters of this expert alone, as transformers stacks them, [1, …]. x [n, H], scale [n] → [n, H].
+    """
+    count, forward = module.num_experts, type(module).forward.__wrapped__
+    for name, value in weights.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    module.num_experts = 1
+    try:
+        chosen = torch.zeros(len(x), 1, dtype=torch.int64)
+        out: torch.Tensor = forward(module, x, chosen, scale[:, None])
+        return out
+    finally:
+        module.num_experts = count
+        for name in weights:
+            del module._parameters[name]
+
+
 def materialize(model: Any, values: "dict[str, torch.Tensor]", served: "set[str]") -> None:
     """Give the skeleton its dense weights, and its non-persistent buffers as transformers initialises them.
 
@@ -368,12 +403,12 @@ def materialize(model: Any, values: "dict[str, torch.Tensor]", served: "set[str]
     a checkpoint lacks.
     """
     for name, value in values.items():
-        _set(model, name, value)
+        assign(model, name, value)
     for name, tensor in list(tensors(model)):
         if name in served:
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
         elif name not in values and tensor.is_meta:
-            _set(model, name, torch.empty_like(tensor, device="cpu"), initialised=False)
+            assign(model, name, torch.empty_like(tensor, device="cpu"), initialised=False)
     with torch.no_grad(), quiet():
         model.initialize_weights()
 
@@ -386,7 +421,7 @@ def replace(model: Any, path: str, module: nn.Module) -> None:
 
 def share(model: Any, name: str, other: str) -> None:
     """Tie the weight `name` to the weight `other`."""
-    _set(model, name, tensor(model, other))
+    assign(model, name, tensor(model, other))
 
 
 def tensor(model: Any, name: str) -> torch.Tensor:
@@ -396,7 +431,8 @@ def tensor(model: Any, name: str) -> torch.Tensor:
     return value
 
 
-def _set(model: Any, name: str, value: torch.Tensor, initialised: bool = True) -> None:
+def assign(model: Any, name: str, value: torch.Tensor, initialised: bool = True) -> None:
+    """Give the parameter or buffer called `name` this value."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:

@@ -53,15 +53,15 @@ class Checkpoint:
     """A checkpoint folder, its model's skeleton, and the way from the one to the other.
 
     Raises CheckpointError or UnsupportedModelError at construction where the folder does not hold every weight of a
-    model that greenroom serves.
+    model that greenroom serves; `dense_too` allows models without experts.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dense_too: bool = False) -> None:
         self.folder = folder
         self.config = seam.load_config(folder)
         self._quantizer = seam.dequantizer(self.config, folder)
         self.model = seam.skeleton(self.config)
-        experts = seam.experts_modules(self.model)
+        experts = seam.experts_modules(self.model, dense_too)
         self.shards = Shards(folder)
         self._state: dict[str, torch.Tensor] = self.model.state_dict()
         self._parameters = {

@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Sequence
 
 from greenroom import __version__
-from greenroom.cli import analyze, bench, chat, pack, plan, run, trace, verify
+from greenroom.cli import analyze, bench, chat, eval, pack, plan, run, trace, verify
 from greenroom.errors import GreenroomError
 
-_COMMANDS = (run, chat, pack, verify, plan, bench, trace, analyze)
+_COMMANDS = (run, chat, pack, verify, plan, bench, trace, analyze, eval)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,120 @@
+"""`greenroom eval MODEL --text FILE`: perplexity, and how far the packed model is from its original."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from greenroom.cli import options as shared
+from greenroom.errors import ConfigError
+from greenroom.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from greenroom.evaluate import Estimate, Evaluation, Text
+
+
+def add(commands: Any) -> None:
+    """Register the command."""
+    parser: argparse.ArgumentParser = commands.add_parser("eval", help="measure quality on a text or on tasks")
+    parser.add_argument("model", help=shared.MODEL_HELP)
+    parser.add_argument("--text", metavar="FILE", help="a UTF-8 text, e.g. WikiText-2's test part")
+    add_protocol(parser)
+    parser.add_argument("--token-by-token", action="store_true", help="measure what decoding computes, with a KV cache")
+    parser.add_argument(
+        "--original", metavar="DIR_OR_ID", help="the checkpoint a packed MODEL was made from, to compare with"
+    )
+    parser.add_argument("--no-original", action="store_true", help="perplexity alone, compared with nothing")
+    shared.add_memory(parser)
+    shared.add_bits(parser)
+    shared.add_common(parser)
+    parser.set_defaults(execute=execute)
+
+
+def add_protocol(parser: argparse.ArgumentParser) -> None:
+    """How a text is scored."""
+    parser.add_argument("--stride", type=int, metavar="N", help="windows begin N tokens apart (default: no overlap)")
+    parser.add_argument("--windows", type=int, metavar="N", help="score the first N windows (default: all)")
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Measure and print."""
+    from greenroom import library
+    from greenroom.evaluate import evaluate
+
+    if options.text is None:
+        raise ConfigError("--text is missing: give a text file to measure on")
+    text = read_text(options.text)
+    original = original_of(options)
+    folder = library.find(options.model, **shared.bits_of(options))
+    result = evaluate(
+        options.model,
+        folder,
+        text,
+        shared.settings_of(options, context=1),
+        original=original,
+        context=options.context,
+        stride=options.stride,
+        most=options.windows,
+        token_by_token=options.token_by_token,
+    )
+    print(table(options.model, result))
+    if options.json:
+        shared.print_json({"model": str(options.model), **result.report()})
+    return 0
+
+
+def read_text(path: str) -> "Text":
+    """The text to measure on; says so on stderr where it is cut."""
+    from greenroom.evaluate import Text
+
+    text = Text.read(Path(path))
+    if text.truncated:
+        print(f"greenroom: {path} is long, its first {format_bytes(text.nbytes)} are used", file=sys.stderr)
+    return text
+
+
+def original_of(options: argparse.Namespace) -> "Path | None":
+    """The folder of the checkpoint to compare with, or None where none is wanted."""
+    from greenroom import library
+    from greenroom.checkpoint import resolve
+
+    if options.no_original:
+        return None
+    named = options.original or options.model
+    if library.is_demo(named):
+        return library.demo_checkpoint()
+    if (Path(named).expanduser() / "greenroom.json").is_file():
+        raise ConfigError(
+            f"{named} is packed: name the checkpoint it was packed from with --original, or give --no-original"
+        )
+    return resolve(named)
+
+
+def table(model: str, result: "Evaluation") -> str:
+    """The figures for people."""
+    summary, settings, protocol = result.summary, result.settings, result.protocol
+    of = "" if result.original_nbytes is None else f" of the original's {format_bytes(result.original_nbytes)}"
+    bits = ", ".join(f"{name} {settings[f'{key}_bits']}" for name, key in _PARTS.items())
+    overlap = "no overlap" if protocol.stride is None else f"stride {protocol.stride}"
+    lines = [
+        f"{model}: {bits} bits, {format_bytes(result.nbytes)}{of}",
+        f"{result.text.name}: {summary.windows} windows of {protocol.context} tokens, {overlap}, "
+        f"{summary.tokens} tokens scored, {protocol.mode}",
+    ]
+    rows = [
+        ("perplexity", summary.perplexity, 1.0, ""),
+        ("of the original", summary.original_perplexity, 1.0, ""),
+        ("ratio", summary.perplexity_ratio, 1.0, ""),
+        ("KL divergence", summary.kl, 1.0, " nats per token, original ‖ packed"),
+        ("same first choice", summary.top1_agreement, 100.0, " % of tokens"),
+    ]
+    lines += [f"  {name:<18} {_figure(value, scale)}{unit}" for name, value, scale, unit in rows if value is not None]
+    return "\n".join(lines)
+
+
+_PARTS = {"experts": "expert", "attention": "attention", "head": "head"}
+
+
+def _figure(estimate: "Estimate", scale: float) -> str:
+    value = f"{estimate.value * scale:.6g}"
+    return value if estimate.se is None else f"{value} ± {estimate.se * scale:.2g}"
