@@ -376,23 +376,22 @@ def serve_experts(model: Any, experts: "list[ExpertsModule]", layers: "dict[str,
         module.greenroom_layer, module.greenroom_serve = layers[spec.name], serve
 
 
-def own_expert(module: Any, weights: "dict[str, torch.Tensor]", x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """One expert as transformers' own code computes it, for a module whose experts are served.
+def expert_output(module: Any, weights: "dict[str, torch.Tensor]", x: torch.Tensor) -> torch.Tensor:
+    """One expert by its definition, with the module's own gate: x [n, hidden] → [n, hidden], unweighted.
 
-    `weights`: the parameters of this expert alone, as transformers stacks them, [1, …]. x [n, H], scale [n] → [n, H].
+    `weights`: parameter name → [rows, cols] as `ExpertParameter` has them, in x's dtype.
     """
-    count, forward = module.num_experts, type(module).forward.__wrapped__
-    for name, value in weights.items():
-        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
-    module.num_experts = 1
-    try:
-        chosen = torch.zeros(len(x), 1, dtype=torch.int64)
-        out: torch.Tensor = forward(module, x, chosen, scale[:, None])
-        return out
-    finally:
-        module.num_experts = count
-        for name in weights:
-            del module._parameters[name]
+
+    def product(name: str, x: torch.Tensor) -> torch.Tensor:
+        bias = weights[f"{name}_bias"][0] if module.has_bias else None
+        return F.linear(x, weights[name], bias)
+
+    inner = product("gate_up_proj" if module.has_gate else "up_proj", x)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    out = product("down_proj", inner)
+    if module.has_post_expert_norm:
+        out = module.post_expert_norm(out)
+    return out
 
 
 def materialize(model: Any, values: "dict[str, torch.Tensor]", served: "set[str]") -> None:

@@ -19,7 +19,7 @@ from greenroom import seam
 from greenroom.checkpoint import Checkpoint
 from greenroom.errors import UnsupportedModelError
 from greenroom.evaluate.head import Head
-from greenroom.threads import lent_to_torch
+from greenroom.threads import kept_from_torch, lent_to_torch
 
 _EXPERT_ROWS = 2048
 """Tokens that go through an expert at a time: bounds its activations."""
@@ -217,16 +217,14 @@ class Original:
                 continue
             weights = self._expert(spec, expert)
             for some, place in zip(torch.split(rows, _EXPERT_ROWS), torch.split(places, _EXPERT_ROWS), strict=True):
-                out.index_add_(0, some, seam.own_expert(module, weights, x[some], top_k_weights[some, place]))
+                output = seam.expert_output(module, weights, x[some]) * top_k_weights[some, place, None]
+                with kept_from_torch():  # its threads take longer to start than to add
+                    out.index_add_(0, some, output.to(out.dtype))
         return out
 
     def _expert(self, spec: seam.ExpertsModule, expert: int) -> "dict[str, torch.Tensor]":
-        """One expert's parameters as transformers stacks them, float32 [1, …]."""
-        tensors, weights = self.checkpoint.expert(spec, expert), {}
-        for parameter in spec.parameters:
-            value = tensors.pop(parameter.name)
-            if self._transform is not None:
-                value = self._transform(f"{spec.name}.{expert}.{parameter.name}", value)
-            value = value.float().T if parameter.transposed else value.float()
-            weights[parameter.name] = value if parameter.is_bias else value[None]
-        return weights
+        """One expert's parameters in float32, [out_features, in_features], biases [1, features]."""
+        tensors = self.checkpoint.expert(spec, expert)
+        if self._transform is not None:
+            tensors = {name: self._transform(f"{spec.name}.{expert}.{name}", value) for name, value in tensors.items()}
+        return {name: value.float() for name, value in tensors.items()}

@@ -14,8 +14,10 @@ import torch
 from greenroom.evaluate.head import Head
 from greenroom.evaluate.windows import Window
 
-_LOGITS = 64
-"""Tokens whose float32 logits are held at a time, of either model."""
+_LOGITS_NBYTES = 32 << 20
+"""float32 logits that are held at a time, of either model."""
+_FEWEST = 64
+"""Tokens whose logits are computed together at least: fewer would spend the time on reading the head."""
 _COMPARED = 8
 """Tokens that are compared at a time, in float64."""
 
@@ -65,8 +67,9 @@ def score(
     """Score one window: `states` [scored, hidden] are those that predict its targets, of the model and, where given, of
     the original. Logits of a few tokens at a time are held, and compared in float64."""
     sums = torch.zeros(4, dtype=torch.float64)
-    for start in range(0, window.scored, _LOGITS):
-        part = slice(start, start + _LOGITS)
+    step = _tokens_at_a_time(head.vocabulary)
+    for start in range(0, window.scored, step):
+        part = slice(start, start + step)
         logits = head.logits(states[part])
         reference = None
         if original_states is not None and original_head is not None:
@@ -78,7 +81,11 @@ def score(
 
 def scoring_nbytes(vocabulary: int) -> int:
     """Bytes that `score` takes at most."""
-    return vocabulary * (3 * 4 * _LOGITS + 6 * 8 * _COMPARED)
+    return vocabulary * (3 * 4 * _tokens_at_a_time(vocabulary) + 6 * 8 * _COMPARED)
+
+
+def _tokens_at_a_time(vocabulary: int) -> int:
+    return max(_FEWEST, _LOGITS_NBYTES // (4 * vocabulary))
 
 
 def _compare(targets: torch.Tensor, logits: torch.Tensor, reference: "torch.Tensor | None") -> torch.Tensor:
