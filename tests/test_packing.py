@@ -677,10 +677,10 @@ def test_a_missing_file_is_noticed(damaged: Path) -> None:
 
 def test_a_manifest_of_another_version_says_so(damaged: Path) -> None:
     text = (damaged / MANIFEST_NAME).read_text()
-    (damaged / MANIFEST_NAME).write_text(text.replace('"version": 1', '"version": 2'))
+    (damaged / MANIFEST_NAME).write_text(text.replace('"version": 1', '"version": 3'))
     with pytest.raises(PackedModelError) as caught:
         PackedModel(damaged)
-    one_line(caught, "version 2")
+    one_line(caught, "version 3")
 
 
 def run(engine: Engine) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from greenroom.cli import options as shared
+from greenroom.cli import receipt
 from greenroom.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,13 +40,14 @@ def execute(options: argparse.Namespace) -> int:
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"{options.model} has no chat template: use greenroom run")
     engine = library.start(options.model, folder, shared.settings_of(options, context=4096))
+    receipt.show(engine.packed)
     print(_HELP, file=sys.stderr)
     try:
         last = _Conversation(engine, tokenizer, options).talk()
     finally:
         engine.close()
     if options.json:
-        shared.print_json(last)
+        shared.print_json({**last, "receipt": receipt.fields(engine.packed.manifest.receipt)} if last else last)
     return 0
 
 

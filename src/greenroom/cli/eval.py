@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from greenroom.cli import options as shared
+from greenroom.cli import receipt
 from greenroom.errors import ConfigError
 from greenroom.sizes import format_bytes
 
@@ -24,6 +25,7 @@ def add(commands: Any) -> None:
         "--original", metavar="DIR_OR_ID", help="the checkpoint a packed MODEL was made from, to compare with"
     )
     parser.add_argument("--no-original", action="store_true", help="perplexity alone, compared with nothing")
+    parser.add_argument("--receipt", action="store_true", help="keep the figures in the packed model's manifest")
     shared.add_memory(parser)
     shared.add_bits(parser)
     shared.add_common(parser)
@@ -40,9 +42,12 @@ def execute(options: argparse.Namespace) -> int:
     """Measure and print."""
     from greenroom import library
     from greenroom.evaluate import evaluate
+    from greenroom.packed import PackedModel
 
     if options.text is None:
         raise ConfigError("--text is missing: give a text file to measure on")
+    if options.no_original and (options.receipt or options.original is not None):
+        raise ConfigError("--no-original goes with neither --original nor --receipt: leave it out")
     text = read_text(options.text)
     original = original_of(options)
     folder = library.find(options.model, **shared.bits_of(options))
@@ -56,8 +61,11 @@ def execute(options: argparse.Namespace) -> int:
         stride=options.stride,
         most=options.windows,
         token_by_token=options.token_by_token,
+        only_source=options.receipt,
     )
     print(table(options.model, result))
+    if options.receipt:
+        receipt.keep(PackedModel(folder), result.receipt())
     if options.json:
         shared.print_json({"model": str(options.model), **result.report()})
     return 0

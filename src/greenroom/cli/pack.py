@@ -1,10 +1,18 @@
 """`greenroom pack SRC DST`: quantise and pack."""
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from greenroom.cli import options as shared
+from greenroom.cli import receipt
+from greenroom.cli.eval import read_text, table
+from greenroom.errors import ConfigError
 from greenroom.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from greenroom.evaluate import Text
+    from greenroom.packed import PackedModel
 
 
 def add(commands: Any) -> None:
@@ -12,6 +20,8 @@ def add(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("pack", help="quantise and pack a checkpoint")
     parser.add_argument("source", help="a Hugging Face folder, a hub id, or demo")
     parser.add_argument("target", help="the folder to write; a killed run resumes")
+    parser.add_argument("--receipt", metavar="TEXT", help="measure the packed model on this file and keep the figures")
+    parser.add_argument("--windows", type=int, metavar="N", help="with --receipt: the first N windows (default: all)")
     shared.add_bits(parser)
     shared.add_common(parser)
     parser.set_defaults(execute=execute)
@@ -20,11 +30,18 @@ def add(commands: Any) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Pack."""
     from greenroom import library
+    from greenroom.checkpoint import resolve
+    from greenroom.evaluate import windows_of
     from greenroom.packing import pack
 
+    if options.windows is not None and options.receipt is None:
+        raise ConfigError("--windows goes with --receipt: give a text to measure on")
     given = {name: value for name, value in shared.bits_of(options).items() if value is not None}
     bits = {**library.default_bits(options.source), **given}
-    source = library.demo_checkpoint() if library.is_demo(options.source) else options.source
+    text = None if options.receipt is None else read_text(options.receipt)
+    source = library.demo_checkpoint() if library.is_demo(options.source) else resolve(options.source)
+    if text is not None:
+        windows_of(source, text, most=options.windows)  # refuses what cannot be measured before hours of packing
     packed = pack(source, options.target, **bits)
     manifest = packed.manifest
     report: dict[str, Any] = {
@@ -39,6 +56,20 @@ def execute(options: argparse.Namespace) -> int:
         f"{packed.folder}: {manifest.architecture}, {report['moe_layers']} MoE layers, {report['experts']} experts of "
         f"{format_bytes(report['record_nbytes'])}, {format_bytes(packed.nbytes)} in all"
     )
+    if text is not None:
+        packed = _measure(packed, source, text, options.windows)
+        report["receipt"] = receipt.fields(packed.manifest.receipt)
     if options.json:
         shared.print_json(report)
     return 0
+
+
+def _measure(packed: "PackedModel", original: Path, text: "Text", most: "int | None") -> "PackedModel":
+    """Compare with the checkpoint just packed, and keep the receipt."""
+    from greenroom.config import EngineSettings
+    from greenroom.evaluate import evaluate
+
+    result = evaluate(packed.folder, packed.folder, text, EngineSettings(), original=original, most=most)
+    print(table(str(packed.folder), result))
+    receipt.keep(packed, result.receipt())
+    return packed

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from greenroom.cli import options as shared
+from greenroom.cli import receipt
 from greenroom.cli.generation import STEP_NBYTES
 from greenroom.errors import BudgetError
 from greenroom.sizes import format_bytes
@@ -67,7 +68,7 @@ def execute(options: argparse.Namespace) -> int:
     if settings.ram is not None and settings.ram > runtime + free:
         print(f"only {format_bytes(runtime + free)} are free now: with --ram {options.ram} this machine may run out")
     if options.json:
-        shared.print_json(_report(plan, speed, free))
+        shared.print_json({**_report(plan, speed, free), "receipt": receipt.fields(manifest.receipt)})
     return 0
 
 
@@ -152,4 +153,6 @@ def _table(model: str, manifest: "Manifest", plan: "Plan", speed: "dict[str, Any
         f"  measured: disk {speed['disk_bytes_per_s'] / 1e9:.2f} GB/s, "
         f"kernels {speed['kernel_bytes_per_s'] / 1e9:.2f} GB/s of packed weights"
     )
+    if manifest.receipt is not None:
+        lines.append(f"  quality: {receipt.line(manifest.receipt)}")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from greenroom.cli import options as shared
+from greenroom.cli import receipt
 from greenroom.errors import ConfigError
 
 
@@ -42,8 +43,10 @@ def execute(options: argparse.Namespace) -> int:
         report = generation.answer(engine, tokenizer, inputs, options).report()
     finally:
         engine.close()
+    report["receipt"] = receipt.fields(engine.packed.manifest.receipt)
     if options.stats:
         generation.show_stats(report)
+        receipt.show(engine.packed)
     if options.json:
         shared.print_json(report)
     return 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from greenroom.evaluate.states import StatesFile, attention_nbytes, stream
 from greenroom.evaluate.windows import Text, Window, cut, tokens_of
 from greenroom.machine import available_memory
 from greenroom.metrics import process_memory
-from greenroom.packed import PackedModel
+from greenroom.packed import PackedModel, Receipt
 from greenroom.packing import fingerprint
 from greenroom.progress import Progress
 
@@ -51,9 +52,33 @@ class Evaluation:
     same_source: "bool | None"
     """whether the original is the checkpoint that was packed"""
 
+    def receipt(self) -> Receipt:
+        """What to keep in the manifest. Raises ConfigError without an original, or where a figure is no number."""
+        summary = self.summary
+        if self.original_nbytes is None or summary.original_perplexity is None:
+            raise ConfigError("a receipt compares with the original: leave --no-original out")
+        assert summary.perplexity_ratio and summary.kl and summary.top1_agreement
+        receipt = Receipt(
+            text=self.text.name,
+            sha256=self.text.sha256,
+            **dataclasses.asdict(self.protocol),
+            windows=summary.windows,
+            tokens=summary.tokens,
+            nbytes=self.nbytes,
+            original_nbytes=self.original_nbytes,
+            perplexity=summary.perplexity,
+            original_perplexity=summary.original_perplexity,
+            perplexity_ratio=summary.perplexity_ratio,
+            kl=summary.kl,
+            top1_agreement=summary.top1_agreement,
+        )
+        if not receipt.is_finite:
+            raise ConfigError("the figures are no finite numbers, so there is no receipt: the model is broken")
+        return receipt
+
     def report(self) -> "dict[str, Any]":
         """The figures as plain values, for JSON and for the manifest; each estimate as {value, se}."""
-        figures = dataclasses.asdict(self.summary)
+        figures = {name: _finite(value) for name, value in dataclasses.asdict(self.summary).items()}
         text = {"name": self.text.name, "sha256": self.text.sha256, "nbytes": self.text.nbytes}
         return {
             **figures,
@@ -66,8 +91,15 @@ class Evaluation:
         }
 
 
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def windows_of(
-    folder: Path, text: Text, context: "int | None", stride: "int | None", most: "int | None"
+    folder: Path, text: Text, context: "int | None" = None, stride: "int | None" = None, most: "int | None" = None
 ) -> list[Window]:
     """`text` as windows for the model in `folder`. Raises ConfigError where that cannot be."""
     tokenizer = library.tokenizer_of(folder)
@@ -91,11 +123,13 @@ def evaluate(
     stride: "int | None" = None,
     most: "int | None" = None,
     token_by_token: bool = False,
+    only_source: bool = False,
 ) -> Evaluation:
     """Measure `model`, packed in `folder`, on the windows of `text` (see `windows.cut`).
 
-    `original`: the folder of the checkpoint to compare with, or None for perplexity alone. `settings`: what the running
-    model may use; its `ram` holds for the original as well, which is streamed before the model is loaded.
+    `original`: the folder of the checkpoint to compare with, or None for perplexity alone; with `only_source`, one that
+    is not the checkpoint that was packed is refused. `settings`: what the running model may use; its `ram` holds for
+    the original as well, which is streamed before the model is loaded.
     """
     windows = windows_of(folder, text, context, stride, most)
     context = len(windows[0].ids) if stride is None else context or max(len(window.ids) for window in windows)
@@ -103,7 +137,8 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         reference: _Reference | None = None
         if original is not None:
-            reference = stack.enter_context(_reference(original, windows, settings))
+            source = packed.manifest.source.get("fingerprint") if only_source else None
+            reference = stack.enter_context(_reference(original, windows, settings, source))
         scores = list(_scores(model, packed, windows, settings, reference, token_by_token))
     return Evaluation(
         summary=summarise(scores, reference is not None),
@@ -127,10 +162,15 @@ class _Reference:
 
 
 @contextlib.contextmanager
-def _reference(folder: Path, windows: "list[Window]", settings: "EngineSettings") -> "Iterator[_Reference]":
+def _reference(
+    folder: Path, windows: "list[Window]", settings: "EngineSettings", source: "str | None"
+) -> "Iterator[_Reference]":
     runtime, available = process_memory()["anonymous"], available_memory()
     budget = planner.budget_of(settings, runtime, available) or runtime + available
     with Original(folder) as original:
+        own = fingerprint(original.checkpoint)
+        if source not in (None, own):
+            raise ConfigError(f"{folder} is not the checkpoint that was packed: give that one with --original")
         room = budget - runtime - scoring_nbytes(int(original.model.config.get_text_config().vocab_size))
         states = stream(original, windows, room)
         try:
@@ -140,7 +180,7 @@ def _reference(folder: Path, windows: "list[Window]", settings: "EngineSettings"
                 states=states,
                 head=original.head,
                 nbytes=original.checkpoint.nbytes,
-                fingerprint=fingerprint(original.checkpoint),
+                fingerprint=own,
             )
         finally:
             states.close()

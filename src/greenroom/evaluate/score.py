@@ -13,6 +13,7 @@ import torch
 
 from greenroom.evaluate.head import Head
 from greenroom.evaluate.windows import Window
+from greenroom.packed import Estimate
 
 _LOGITS_NBYTES = 32 << 20
 """float32 logits that are held at a time, of either model."""
@@ -34,14 +35,6 @@ class WindowScore:
     """KL(original ‖ model)"""
     agreed: int = 0
     """tokens for which both models' likeliest next token is the same"""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A figure and its standard error; None where there is one window only."""
-
-    value: float
-    se: "float | None"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

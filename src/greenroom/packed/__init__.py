@@ -1,8 +1,8 @@
 """The packed model on disk: docs/format.md in code.
 
-Covers: the manifest (`manifest`), writing files so that a kill loses at most one of them (`writer`), reading and
-verifying them (`reader`). Does not cover: what the bytes of a record mean (see `greenroom.quant`), which experts
-deserve memory.
+Covers: the manifest (`manifest`) and the receipt in it (`receipt`), writing files so that a kill loses at most one of
+them (`writer`), reading and verifying them (`reader`). Does not cover: what the bytes of a record mean (see
+`greenroom.quant`), which experts deserve memory.
 """
 
 from greenroom.packed.manifest import (
@@ -16,18 +16,21 @@ from greenroom.packed.manifest import (
     TensorEntry,
 )
 from greenroom.packed.reader import PackedModel, check_bytes
+from greenroom.packed.receipt import Estimate, Receipt
 from greenroom.packed.writer import Entry, Journal, header_of, replace_text, write_file
 
 __all__ = [
     "MANIFEST_NAME",
     "RECORD_ALIGNMENT",
     "Entry",
+    "Estimate",
     "ExpertsEntry",
     "FileEntry",
     "Journal",
     "LinearEntry",
     "Manifest",
     "PackedModel",
+    "Receipt",
     "RecordTensor",
     "TensorEntry",
     "check_bytes",

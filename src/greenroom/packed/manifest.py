@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from greenroom.errors import PackedModelError
+from greenroom.packed.receipt import Receipt
 from greenroom.quant import Format, Layout
 
 MANIFEST_NAME = "greenroom.json"
 VERSION = 1
+WITH_RECEIPT = 2
+"""The version of a manifest that has a receipt; the same in all else."""
 RECORD_ALIGNMENT = 4096
 """Records start at and are padded to multiples of this many bytes: what direct I/O asks for."""
 
@@ -106,10 +109,16 @@ class Manifest:
     tensors: "tuple[TensorEntry, ...]"
     tied: "dict[str, str]"
     """tied weight → the weight it shares"""
+    receipt: "Receipt | None" = None
+    """what was measured of the packed model's quality, where it was"""
 
     def to_json(self) -> str:
         """The manifest as text, with sorted keys so that equal models have equal files."""
-        body = {"format": "greenroom", "version": VERSION, **dataclasses.asdict(self)}
+        version = VERSION if self.receipt is None else WITH_RECEIPT
+        body = {"format": "greenroom", "version": version, **dataclasses.asdict(self)}
+        del body["receipt"]
+        if self.receipt is not None:
+            body["receipt"] = self.receipt.to_body()
         return json.dumps({**body, "crc32": _checksum(body)}, indent=1, sort_keys=True) + "\n"
 
     @classmethod
@@ -124,14 +133,17 @@ class Manifest:
             intact = crc32 == _checksum(body)
             kind, version = body.pop("format"), body.pop("version")
             remedy = "delete the packed folder and pack again"
-            if kind != "greenroom" or version != VERSION:
+            if kind != "greenroom" or version not in (VERSION, WITH_RECEIPT):
                 raise PackedModelError(
-                    f"{path} has format {kind!r} version {version!r}, this greenroom reads {VERSION}: {remedy}"
+                    f"{path} has format {kind!r} version {version!r}, this greenroom reads {VERSION} and "
+                    f"{WITH_RECEIPT}: {remedy}"
                 )
             if not intact:
                 raise PackedModelError(
                     f"{path} is corrupted (its checksum does not match): delete the packed folder and pack again"
                 )
+            if ("receipt" in body) != (version == WITH_RECEIPT):
+                raise ValueError(f"version {version} and a receipt do not go together")
             return cls._parse(body)
         except PackedModelError:
             raise
@@ -148,7 +160,10 @@ class Manifest:
         ]
         tensors = [TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in body.pop("tensors")]
         files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
-        manifest = cls(files=files, experts=tuple(experts), linears=tuple(linears), tensors=tuple(tensors), **body)
+        receipt = Receipt.of_body(body.pop("receipt")) if "receipt" in body else None
+        manifest = cls(
+            files=files, receipt=receipt, experts=tuple(experts), linears=tuple(linears), tensors=tuple(tensors), **body
+        )
         manifest._check_extents()
         return manifest
 

@@ -1,5 +1,6 @@
 """Open a packed model: sizes are checked at once, checksums whenever a record is read or verified."""
 
+import dataclasses
 import itertools
 import os
 import zlib
@@ -10,7 +11,9 @@ import torch
 
 from greenroom.buffers import allocate, byte_view, read_into
 from greenroom.errors import PackedModelError
-from greenroom.packed.manifest import Manifest, TensorEntry
+from greenroom.packed.manifest import MANIFEST_NAME, Manifest, TensorEntry
+from greenroom.packed.receipt import Receipt
+from greenroom.packed.writer import replace_text
 from greenroom.progress import Progress
 
 
@@ -70,6 +73,14 @@ class PackedModel:
             os.posix_fadvise(handle.fileno(), entry.offset, entry.nbytes, os.POSIX_FADV_DONTNEED)
         if crc32 != entry.crc32:
             raise _corrupted(path, entry.name)
+
+    def add_receipt(self, receipt: Receipt) -> None:
+        """Put the receipt into the manifest, in the place of an earlier one; a reader sees the old or the new.
+
+        Raises PackError where the folder cannot be written."""
+        as_read = Receipt.of_body(receipt.to_body())  # figures are rounded
+        self.manifest = dataclasses.replace(self.manifest, receipt=as_read)
+        replace_text(self.folder / MANIFEST_NAME, self.manifest.to_json())
 
     def records(self) -> "Iterator[tuple[str, int, int, int, str]]":
         """(file, offset, nbytes, crc32, what it is) of every checksummed piece, in file order."""
