@@ -25,6 +25,9 @@ def add(commands: Any) -> None:
         "--original", metavar="DIR_OR_ID", help="the checkpoint a packed MODEL was made from, to compare with"
     )
     parser.add_argument("--no-original", action="store_true", help="perplexity alone, compared with nothing")
+    parser.add_argument("--tasks", metavar="T,T,…", help="instead of a text: tasks of lm-eval, or local .jsonl files")
+    parser.add_argument("--include-path", metavar="DIR", help="with --tasks: a folder of lm-eval task files")
+    parser.add_argument("--limit", type=int, metavar="N", help="with --tasks: the first N questions of each")
     parser.add_argument("--receipt", action="store_true", help="keep the figures in the packed model's manifest")
     shared.add_memory(parser)
     shared.add_bits(parser)
@@ -40,12 +43,14 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Measure and print."""
+    if options.tasks is not None:
+        return _tasks(options)
     from greenroom import library
     from greenroom.evaluate import evaluate
     from greenroom.packed import PackedModel
 
     if options.text is None:
-        raise ConfigError("--text is missing: give a text file to measure on")
+        raise ConfigError("--text is missing: give a text file to measure on, or --tasks")
     if options.no_original and (options.receipt or options.original is not None):
         raise ConfigError("--no-original goes with neither --original nor --receipt: leave it out")
     text = read_text(options.text)
@@ -69,6 +74,35 @@ def execute(options: argparse.Namespace) -> int:
     if options.json:
         shared.print_json({"model": str(options.model), **result.report()})
     return 0
+
+
+def _tasks(options: argparse.Namespace) -> int:
+    """Run lm-eval's tasks and print their figures."""
+    from greenroom.evaluate import tasks
+
+    for flag in ("text", "stride", "windows", "token_by_token", "original", "no_original", "receipt"):
+        if getattr(options, flag):
+            raise ConfigError(f"--{flag.replace('_', '-')} measures a text: leave it out with --tasks")
+    context = {} if options.context is None else {"context": options.context}
+    found = tasks.run(
+        options.model,
+        [name for name in options.tasks.split(",") if name],
+        include=options.include_path,
+        limit=options.limit,
+        **{name: getattr(options, name) for name in _MEMORY},
+        **{name: value for name, value in shared.bits_of(options).items() if value is not None},
+        **context,
+    )
+    for name, result in found.items():
+        for metric, figure in result["metrics"].items():
+            se = "" if figure["se"] is None else f" ± {figure['se']:.2g}"
+            print(f"{name}: {metric} {figure['value']:.4g}{se}, {result['questions']} questions")
+    if options.json:
+        shared.print_json({"model": str(options.model), "tasks": found})
+    return 0
+
+
+_MEMORY = ("ram", "vram", "experts_per_layer", "policy", "prefetch", "lookahead")
 
 
 def read_text(path: str) -> "Text":
