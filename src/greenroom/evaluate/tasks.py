@@ -14,6 +14,7 @@ from typing import Any
 
 from greenroom.errors import ConfigError
 
+_ANSWER_TOKENS = 256
 _ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 _KINDS: "dict[tuple[str, ...], dict[str, Any]]" = {
     ("query", "choices", "gold"): {
@@ -38,7 +39,7 @@ _KINDS: "dict[tuple[str, ...], dict[str, Any]]" = {
         "num_fewshot": 5,
         "doc_to_text": "Question: {{question}}\nAnswer:",
         "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["\n\n", "Question:"], "do_sample": False, "max_gen_toks": 256},
+        "generation_kwargs": {"until": ["\n\n", "Question:"], "do_sample": False, "max_gen_toks": _ANSWER_TOKENS},
         "filter_list": [
             {
                 "name": "flexible-extract",
@@ -93,13 +94,14 @@ def run(
     *,
     include: "str | None" = None,
     limit: "int | None" = None,
+    context: int = 2048,
     **arguments: Any,
 ) -> "dict[str, Any]":
     """Run tasks on `model`: each of `names` is one of lm-eval's or a file for `task_of`.
 
     `include`: a folder with task files of lm-eval's own format; `limit`: the first so many questions of each task;
-    `arguments`: as `adapter.GreenroomLM` takes them. Returns task → {"questions", "metrics": {name: {"value", "se"}}}.
-    Raises ConfigError where lm-eval is missing or does not know a task.
+    `context`, `arguments`: as `adapter.GreenroomLM` takes them.
+    Returns task → {"questions", "metrics": {name: {"value", "se"}}}. Raises ConfigError where lm-eval is missing or does not know a task.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {limit}")
@@ -113,7 +115,9 @@ def run(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=include)
     tasks = [_task(name, manager) for name in names]
-    engine = GreenroomLM(model, **arguments)
+    if context <= _ANSWER_TOKENS and any(isinstance(task, dict) and "generation_kwargs" in task for task in tasks):
+        raise ConfigError(f"--context {context} leaves no room for an answer of {_ANSWER_TOKENS} tokens: give more")
+    engine = GreenroomLM(model, context, **arguments)
     try:
         found = lm_eval.simple_evaluate(
             model=engine, tasks=tasks, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
