@@ -101,7 +101,9 @@ def run(
 
     `include`: a folder with task files of lm-eval's own format; `limit`: the first so many questions of each task;
     `context`, `arguments`: as `adapter.GreenroomLM` takes them.
-    Returns task → {"questions", "metrics": {name: {"value", "se"}}}. Raises ConfigError where lm-eval is missing or does not know a task.
+
+    Returns task → {"questions", "metrics": {name: {"value", "se"}}}. Raises ConfigError where lm-eval is missing or
+    does not know a task.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {limit}")
