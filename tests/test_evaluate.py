@@ -23,6 +23,9 @@ ROOM = 1 << 30
 STREAMED = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "qwen3_next", "nemotron_h", "zaya", "glm4v_moe"]
 """plain and grouped attention; sliding windows and sinks; latent attention; recurrent layers; layers that pass on more
 than hidden states; a vision tower beside"""
+NO_TEXT = {"diffusion_gemma", "openai_privacy_filter"}
+"""a model that starts from noise, and one that labels tokens"""
+OTHERS = FAMILIES.keys() - {*STREAMED, *NO_TEXT}
 ROUNDED = 1e-6
 """largest |difference| / largest |logit| where sums run in another order"""
 
@@ -42,7 +45,7 @@ def logits_of(original: Original, tokens: torch.Tensor) -> torch.Tensor:
 # --- the original, streamed
 
 
-@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize("name", [*STREAMED, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(OTHERS))])
 def test_streamed_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     model = FAMILIES[name].build()
     model.save_pretrained(tmp_path)

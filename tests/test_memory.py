@@ -138,3 +138,35 @@ def test_the_limit_bites(model: PackedModel) -> None:
     ram = int(free["fixed"]) + (60 << 20)  # type: ignore[arg-type]
     with group(int(ram * 1.2)) as limited:
         assert run(model, limited, experts_per_layer=12).returncode == -signal.SIGKILL
+
+
+STREAM = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from greenroom.evaluate import Original, cut, stream
+from greenroom.evaluate.states import streaming_nbytes
+from greenroom.metrics import process_memory
+with Original(Path(sys.argv[1])) as original:
+    windows = cut(torch.arange(1024) % 500, 256)
+    original.states(windows[0].ids[None, :8])  # what is loaded once, whatever the model
+    before = process_memory()["resident"]
+    room = streaming_nbytes(original, 256, 2)
+    if sys.argv[2] == "all":
+        held = [original.checkpoint.expert(m, e) for m in original.checkpoint.experts for e in range(m.num_experts)]
+    stream(original, windows, room)
+    print(process_memory()["peak"] - before, room, original.checkpoint.nbytes)
+"""
+
+
+def streaming(model: PackedModel, what: str) -> "list[int]":
+    source = model.folder.parent / "source"
+    done = subprocess.run([sys.executable, "-c", STREAM, str(source), what], capture_output=True, text=True, check=True)
+    return [int(number) for number in done.stdout.split()]
+
+
+def test_the_original_streams_in_the_room_it_is_given(model: PackedModel) -> None:
+    taken, room, whole = streaming(model, "stream")
+    assert taken <= room < whole / 2
+    taken, room, whole = streaming(model, "all")
+    assert taken > room, "negative control: holding every expert shows"

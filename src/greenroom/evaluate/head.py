@@ -20,7 +20,7 @@ class Head:
     @torch.no_grad()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Logits float32 [n, V] of `states` [n, hidden]."""
-        base, ids = self._model.base_model, torch.zeros(1, len(states), dtype=torch.int64)
+        base, ids = self._model.base_model, torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
         forward = base.__dict__.get("forward")
         base.forward = lambda **_: self._output(last_hidden_state=states[None])
         try:
@@ -31,5 +31,5 @@ class Head:
                 del base.forward
             else:
                 base.forward = forward
-        logits: torch.Tensor = out.logits[0].float()
+        logits: torch.Tensor = out.logits[0].float().cpu()
         return logits

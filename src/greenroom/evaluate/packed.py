@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 def whole_window(engine: "Engine", window: "Window") -> "tuple[torch.Tensor, type]":
     """One forward over the window without a cache: (states [scored, hidden] that predict its targets, the class of
     what `base_model` returns)."""
-    out = engine.model.base_model(input_ids=window.ids[None], use_cache=False)
+    ids = window.ids.to(engine.model.device)
+    out = engine.model.base_model(input_ids=ids[None], use_cache=False)
     return window.predicting(out.last_hidden_state[0]), type(out)
 
 
@@ -24,7 +25,7 @@ def token_by_token(engine: "Engine", window: "Window") -> "tuple[torch.Tensor, t
     out: Any = None
     states, first = [], len(window.ids) - window.scored - 1
     cache = transformers.DynamicCache(config=engine.model.config)
-    for number, token in enumerate(window.ids[:-1]):
+    for number, token in enumerate(window.ids[:-1].to(engine.model.device)):
         out = engine.model.base_model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         if number >= first:

@@ -19,6 +19,9 @@ _BATCH = 8
 """Windows that pass through the layers together, where memory allows: reading weights costs little beside computing
 that many, and more would only take memory."""
 
+_ALLOCATOR_NBYTES = 16 << 20
+"""What the C library keeps of memory that was given back."""
+
 
 class StatesFile:
     """float32 [scored, hidden] for each window, in a file without a name that goes with this object."""
@@ -75,14 +78,19 @@ def stream(original: Original, windows: "list[Window]", room: int, label: str = 
 
 def windows_at_a_time(original: Original, tokens: int, room: int) -> int:
     """How many windows of `tokens` tokens fit in `room` bytes beside the weights. Raises BudgetError for none."""
-    weights = original.layer_nbytes + original.outer_nbytes
-    each = activation_nbytes(original.model.config, tokens)
-    if room < weights + each:
+    least = streaming_nbytes(original, tokens, 1)
+    if room < least:
         raise BudgetError(
             f"{format_bytes(room)} are left for the original, and its largest layer with one window of {tokens} "
-            f"tokens needs {format_bytes(weights + each)}: give a larger --ram or a smaller --context"
+            f"tokens needs {format_bytes(least)}: give a larger --ram or a smaller --context"
         )
-    return min((room - weights) // each, _BATCH)
+    return min(1 + (room - least) // activation_nbytes(original.model.config, tokens), _BATCH)
+
+
+def streaming_nbytes(original: Original, tokens: int, windows: int) -> int:
+    """Bytes that streaming takes at most with so many windows of `tokens` tokens at a time."""
+    weights = original.layer_nbytes + original.outer_nbytes + _ALLOCATOR_NBYTES
+    return weights + windows * activation_nbytes(original.model.config, tokens)
 
 
 def activation_nbytes(config: object, tokens: int) -> int:
