@@ -41,7 +41,8 @@ class EngineSettings:
     `staging`: buffers beside the slots, for guesses and for experts that get no slot (the paper's b).
     `prefetch`: experts guessed per token and layer ahead; `lookahead`: how many layers ahead.
     `context`: tokens of KV cache to reserve memory for; `prompt_chunk`: the most tokens of a prompt that go through the
-    model at once, whose activations are reserved. `readers`: reads in flight.
+    model at once, whose activations are reserved. `reserve`: bytes that whoever runs the model takes for its own
+    work, counted with the working set. `readers`: reads in flight.
     """
 
     ram: "int | None" = None
@@ -53,13 +54,20 @@ class EngineSettings:
     lookahead: int = 1
     context: int = 2048
     prompt_chunk: int = 512
+    reserve: int = 0
     readers: int = 4
     validate: bool = False
 
     def __post_init__(self) -> None:
         _at_least(1, ram=self.ram, staging=self.staging, lookahead=self.lookahead, context=self.context)
         _at_least(1, prompt_chunk=self.prompt_chunk, readers=self.readers)
-        _at_least(0, expert_budget=self.expert_budget, experts_per_layer=self.experts_per_layer, prefetch=self.prefetch)
+        _at_least(
+            0,
+            reserve=self.reserve,
+            expert_budget=self.expert_budget,
+            experts_per_layer=self.experts_per_layer,
+            prefetch=self.prefetch,
+        )
 
 
 def _at_least(least: int, **values: "int | None") -> None:

@@ -1,5 +1,7 @@
 """What this machine has: memory, and bandwidths that are measured, never assumed."""
 
+import contextlib
+import ctypes
 import re
 import statistics
 import time
@@ -16,6 +18,12 @@ def available_memory() -> int:
     match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     free = int(match[1]) * 1024 if match else 0
     return min([free, *_cgroup_rooms()])
+
+
+def give_back_freed() -> None:
+    """Ask the C library to return what was freed to the system, where it can (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cgroup_rooms() -> "list[int]":

@@ -92,7 +92,8 @@ def make_plan(
         mapped=mapped,
         kv_cache=settings.context * kv_nbytes_per_token(config, element_size),
         working_set=_working_set(manifest, config, min(settings.context, settings.prompt_chunk), element_size)
-        + _policy_nbytes(settings.policy, experts),
+        + _policy_nbytes(settings.policy, experts)
+        + settings.reserve,
         staging=settings.staging * record_nbytes,
         record_nbytes=record_nbytes,
         experts=experts,

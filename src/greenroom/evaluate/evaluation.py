@@ -15,7 +15,7 @@ from greenroom.evaluate.original import Original
 from greenroom.evaluate.score import Summary, score, scoring_nbytes, summarise
 from greenroom.evaluate.states import StatesFile, attention_nbytes, stream
 from greenroom.evaluate.windows import Text, Window, cut, tokens_of
-from greenroom.machine import available_memory
+from greenroom.machine import available_memory, give_back_freed
 from greenroom.metrics import process_memory
 from greenroom.packed import PackedModel, Receipt
 from greenroom.packing import fingerprint
@@ -165,14 +165,14 @@ class _Reference:
 def _reference(
     folder: Path, windows: "list[Window]", settings: "EngineSettings", source: "str | None"
 ) -> "Iterator[_Reference]":
+    give_back_freed()  # tokenising a text takes more than the text
     runtime, available = process_memory()["anonymous"], available_memory()
     budget = planner.budget_of(settings, runtime, available) or runtime + available
     with Original(folder) as original:
         own = fingerprint(original.checkpoint)
         if source not in (None, own):
             raise ConfigError(f"{folder} is not the checkpoint that was packed: give that one with --original")
-        room = budget - runtime - scoring_nbytes(int(original.model.config.get_text_config().vocab_size))
-        states = stream(original, windows, room)
+        states = stream(original, windows, budget - runtime, held=runtime)
         try:
             original.drop_outer()
             original.head.logits(states.get(0)[:1])  # read now, so that the memory plan counts it
@@ -196,11 +196,10 @@ def _scores(
 ) -> "Iterator[Any]":
     context = len(windows[0].ids)
     config = seam.load_config(packed.folder)
-    if settings.ram is not None:  # the plan knows nothing of what is done with logits here
-        own = scoring_nbytes(int(config.get_text_config().vocab_size)) + attention_nbytes(config, context)
-        settings = dataclasses.replace(settings, ram=max(settings.ram - own, 1))
+    own = scoring_nbytes(int(config.get_text_config().vocab_size)) + attention_nbytes(config, context)
     chunk = settings.prompt_chunk if token_by_token else context
-    settings = dataclasses.replace(settings, context=context, prompt_chunk=chunk)
+    settings = dataclasses.replace(settings, context=context, prompt_chunk=chunk, reserve=own)
+    give_back_freed()  # it counts what the process holds now
     engine = library.start(model, packed.folder, settings)
     try:
         label = "token by token" if token_by_token else "packed"

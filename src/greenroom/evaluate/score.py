@@ -15,7 +15,7 @@ from greenroom.evaluate.head import Head
 from greenroom.evaluate.windows import Window
 from greenroom.packed import Estimate
 
-_LOGITS_NBYTES = 32 << 20
+_LOGITS_NBYTES = 16 << 20
 """float32 logits that are held at a time, of either model."""
 _FEWEST = 64
 """Tokens whose logits are computed together at least: fewer would spend the time on reading the head."""

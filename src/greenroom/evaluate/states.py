@@ -57,17 +57,20 @@ class StatesFile:
         return 4 * sum(rows * hidden for rows, hidden in self._shapes[:number])
 
 
-def stream(original: Original, windows: "list[Window]", room: int, label: str = "original") -> StatesFile:
+def stream(
+    original: Original, windows: "list[Window]", room: int, label: str = "original", held: int = 0
+) -> StatesFile:
     """The final hidden states of all `windows`, that predict their targets.
 
     `room`: bytes that weights and activations may take. As many windows at a time as that allows pass through the
-    layers, and weights are read once for each time. Raises BudgetError where it does not hold one window.
+    layers, and weights are read once for each time. Raises BudgetError where it does not hold one window; `held`, what
+    the process has taken already, is for its message.
     """
     config = original.model.config.get_text_config()
     kept = StatesFile(windows, int(config.hidden_size))
     number = 0
     with Progress(label, len(windows) * original.layers, unit="layers") as progress:
-        for batch in _batches(windows, windows_at_a_time(original, len(windows[0].ids), room)):
+        for batch in _batches(windows, windows_at_a_time(original, len(windows[0].ids), room, held)):
             original.on_layer = functools.partial(progress.advance, len(batch))
             states = original.states(torch.stack([window.ids for window in batch]))
             for window, own in zip(batch, states, strict=True):
@@ -76,13 +79,14 @@ def stream(original: Original, windows: "list[Window]", room: int, label: str = 
     return kept
 
 
-def windows_at_a_time(original: Original, tokens: int, room: int) -> int:
+def windows_at_a_time(original: Original, tokens: int, room: int, held: int = 0) -> int:
     """How many windows of `tokens` tokens fit in `room` bytes beside the weights. Raises BudgetError for none."""
     least = streaming_nbytes(original, tokens, 1)
     if room < least:
         raise BudgetError(
-            f"{format_bytes(room)} are left for the original, and its largest layer with one window of {tokens} "
-            f"tokens needs {format_bytes(least)}: give a larger --ram or a smaller --context"
+            f"the original's largest layer with one window of {tokens} tokens takes {format_bytes(least)}, and "
+            f"{format_bytes(max(room, 0))} are left: give --ram {-(-(least + held) // (1 << 20)) + 8}MiB or a smaller "
+            "--context"
         )
     return min(1 + (room - least) // activation_nbytes(original.model.config, tokens), _BATCH)
 
