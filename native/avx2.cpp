@@ -141,7 +141,7 @@ bool supported() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-Kernel kernel(const Matrix& matrix) {
+Kernel kernel(const Matrix& matrix, bool) {
     switch (matrix.bits) {
         case 2: return integer_kernel<Avx2, 2>(matrix.group_size);
         case 3: return integer_kernel<Avx2, 3>(matrix.group_size);

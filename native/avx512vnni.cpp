@@ -3,7 +3,7 @@
 
 #include "activation.h"
 #include "attention.h"
-#include "integer.h"
+#include "tiles.h"
 
 namespace greenroom {
 namespace {
@@ -13,7 +13,7 @@ struct Avx512Vnni {
     using I = __m512i;
     static constexpr int kWidth = 16, kBytes = 64;
     static constexpr bool kInPlace = true;  // a byte of 192 or 240 is as good as one of 3 or 15
-    static constexpr int tile_rows = 4, tile_vectors = 4;
+    static constexpr int tile_rows = 4, tile_vectors = 4, most_vectors = 128;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float value) { return _mm512_set1_ps(value); }
@@ -65,6 +65,44 @@ struct Avx512Vnni {
     static I bytes_at(const std::uint8_t* p, std::int64_t left) {  // no further than `left`
         if (left >= 64) return _mm512_loadu_si512(p);
         return _mm512_maskz_loadu_epi8(left > 0 ? (std::uint64_t{1} << left) - 1 : 0, p);
+    }
+
+    // Elements of 32 bits, for tiles.h: sums, and four bytes to multiply.
+    static I none() { return _mm512_setzero_si512(); }
+    static I load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+    static void store_bytes(void* p, I value) { _mm512_storeu_si512(p, value); }
+    static I repeat_four(const std::uint8_t* p) {
+        std::int32_t four;
+        std::memcpy(&four, p, 4);
+        return _mm512_set1_epi32(four);
+    }
+    static I add_products(I sum, I codes, I x) { return _mm512_dpbusd_epi32(sum, codes, x); }
+    static I times256(I sum) { return _mm512_slli_epi32(sum, 8); }
+    static F from_integers(I sum) { return _mm512_cvtepi32_ps(sum); }
+    static __mmask16 first(int count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1); }
+    static F load_some(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
+    static void store_some(float* p, int count, F value) { _mm512_mask_storeu_ps(p, first(count), value); }
+
+    // Sixteen rows of sixteen elements become columns.
+    static void transpose(I (&m)[16]) {
+        I pairs[16], fours[16];
+        for (int i = 0; i < 16; i += 2) {
+            pairs[i] = _mm512_unpacklo_epi32(m[i], m[i + 1]);
+            pairs[i + 1] = _mm512_unpackhi_epi32(m[i], m[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4)
+            for (int half = 0; half < 2; ++half) {
+                fours[i + 2 * half] = _mm512_unpacklo_epi64(pairs[i + half], pairs[i + 2 + half]);
+                fours[i + 2 * half + 1] = _mm512_unpackhi_epi64(pairs[i + half], pairs[i + 2 + half]);
+            }
+        for (int j = 0; j < 4; ++j) {  // fours[4 i + j], part k: column 4 k + j of rows 4 i to 4 i + 3
+            const I even01 = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x88), even23 = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x88);
+            const I odd01 = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xdd), odd23 = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xdd);
+            m[j] = _mm512_shuffle_i32x4(even01, even23, 0x88);
+            m[4 + j] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
+            m[8 + j] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
+            m[12 + j] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
+        }
     }
 
     // A chunk of a row (integer.h), and its codes, a byte each.
@@ -145,7 +183,13 @@ bool supported() {
            __builtin_cpu_supports("gfni");
 }
 
-Kernel kernel(const Matrix& matrix) {
+Kernel kernel(const Matrix& matrix, bool many) {
+    if (many) switch (matrix.bits) {
+            case 2: return tiled_kernel<Avx512Vnni, 2>(matrix.group_size);
+            case 3: return tiled_kernel<Avx512Vnni, 3>(matrix.group_size);
+            case 4: return tiled_kernel<Avx512Vnni, 4>(matrix.group_size);
+            case 8: return tiled_kernel<Avx512Vnni, 8>(matrix.group_size);
+        }
     switch (matrix.bits) {
         case 2: return integer_kernel<Avx512Vnni, 2>(matrix.group_size);
         case 3: return integer_kernel<Avx512Vnni, 3>(matrix.group_size);

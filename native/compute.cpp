@@ -41,13 +41,13 @@ private:
     std::unique_ptr<T, Free> memory_;
 };
 
-// A matrix, up to kMaxVectors prepared vectors to multiply with it, and where the results go.
+// A matrix, as many prepared vectors as its kernel takes, and where the results go.
 struct Product {
     Matrix matrix;
-    RowsFunction rows;
+    Kernel kernel;
     int count;
-    const std::uint8_t* x[kMaxVectors];
-    float* y[kMaxVectors];
+    const std::uint8_t* const* x;  // [count]
+    float* const* y;               // [count], each [rows]
     const float* bias;          // either of these, or none
     const std::uint8_t* halves;
     bool is_float16;
@@ -63,12 +63,12 @@ struct Product {
 void multiply(const Product& product, std::int64_t first, std::int64_t last) {
     constexpr std::int64_t kOnStack = 16384;
     alignas(64) float stack[kOnStack];
-    const std::int64_t need = scratch_floats(product.matrix);
+    const std::int64_t need = product.kernel.scratch_floats(product.matrix);
     if (need <= kOnStack) {
-        product.rows(product.matrix, first, last, product.x, product.count, product.y, stack);
+        product.kernel.rows(product.matrix, first, last, product.x, product.count, product.y, stack);
     } else {
         const Buffer<float> heap(need);
-        product.rows(product.matrix, first, last, product.x, product.count, product.y, heap.get());
+        product.kernel.rows(product.matrix, first, last, product.x, product.count, product.y, heap.get());
     }
     product.add_bias(first, last);
 }
@@ -86,7 +86,7 @@ void share(const std::vector<Product>& products, std::int64_t parts, int threads
     for (const Product& product : products) {
         const Matrix& matrix = product.matrix;
         const std::int64_t rows = matrix.rows / parts, nbytes = std::max<std::int64_t>(1, matrix.code_row_bytes * parts);
-        const std::int64_t step = align(std::max<std::int64_t>(1, kChunkNbytes / nbytes), 4);  // tiles have 4 rows
+        const std::int64_t step = align(std::max<std::int64_t>(1, kChunkNbytes / nbytes), product.kernel.rows_at_once);
         for (std::int64_t row = 0; row < rows; row += step) spans.push_back({&product, row, std::min(row + step, rows)});
         work += product.count * matrix.rows * matrix.cols;
     }
@@ -99,11 +99,16 @@ void share(const std::vector<Product>& products, std::int64_t parts, int threads
 // Vectors as a kernel wants to read them.
 class PreparedVectors {
 public:
-    PreparedVectors(const Matrix& matrix, std::int64_t count)
-        : matrix_(matrix), kernel_(active().kernel(matrix)), stride_(kernel_.prepared_nbytes(matrix)), bytes_(count * stride_) {}
+    PreparedVectors(const Matrix& matrix, std::int64_t count, bool many)
+        : matrix_(matrix), kernel_(active().kernel(matrix, many)), stride_(kernel_.prepared_nbytes(matrix)), bytes_(count * stride_) {}
 
-    RowsFunction rows() const { return kernel_.rows; }
+    const Kernel& kernel() const { return kernel_; }
     const std::uint8_t* operator[](std::int64_t number) const { return bytes_.get() + number * stride_; }
+    std::vector<const std::uint8_t*> pointers(std::int64_t count) const {
+        std::vector<const std::uint8_t*> found(static_cast<std::size_t>(count));
+        for (std::int64_t v = 0; v < count; ++v) found[static_cast<std::size_t>(v)] = (*this)[v];
+        return found;
+    }
 
     // Vector i is at source(i).
     template <class Source>
@@ -120,31 +125,27 @@ private:
     const Buffer<std::uint8_t> bytes_;
 };
 
-// Adds a linear to products, over the vectors prepared for its format.
-void add_products(std::vector<Product>& products, const Linear& linear, const PreparedVectors& x, int count) {
-    for (int start = 0; start < count; start += kMaxVectors) {
-        Product product{linear.shape.at(linear.packed), x.rows(), std::min(count - start, kMaxVectors), {}, {}, linear.bias, nullptr, false};
-        for (int v = 0; v < product.count; ++v) {
-            product.x[v] = x[start + v];
-            product.y[v] = linear.out + (start + v) * linear.shape.rows;
-        }
-        products.push_back(product);
-    }
+// Adds a linear to products, over the vectors prepared for its format: x and y [count].
+void add_products(std::vector<Product>& products, const Linear& linear, const Kernel& kernel,
+                  const std::uint8_t* const* x, float* const* y, int count) {
+    const Matrix matrix = linear.shape.at(linear.packed);
+    for (int start = 0; start < count; start += kernel.most_vectors)
+        products.push_back({matrix, kernel, std::min(count - start, kernel.most_vectors), x + start, y + start, linear.bias, nullptr, false});
 }
 
 bool same_format(const Shape& a, const Shape& b) { return a.bits == b.bits && a.group_size == b.group_size; }
 
-// Up to kMaxVectors of a task's rows.
+// As many of a task's rows as a product takes.
 struct Part {
     const Task* task;
     int start, count;
 };
 
-std::vector<Part> parts_of(const std::vector<Task>& tasks) {
+std::vector<Part> parts_of(const std::vector<Task>& tasks, int most) {
     std::vector<Part> parts;
     for (const Task& task : tasks)
-        for (int start = 0; start < task.count; start += kMaxVectors)
-            parts.push_back({&task, start, std::min(task.count - start, kMaxVectors)});
+        for (int start = 0; start < task.count; start += most)
+            parts.push_back({&task, start, std::min(task.count - start, most)});
     return parts;
 }
 
@@ -196,36 +197,58 @@ void first_half(const std::vector<Product>& products, const ExpertLayout& layout
 
 // A batch of experts' parts, over the rows of x as prepared.
 void compute(const Part* parts, std::size_t count, const Rows& rows, const PreparedVectors& outer,
-             const ExpertLayout& layout, int threads) {
+             const ExpertLayout& layout, bool many, int threads) {
     std::int64_t vectors = 0;
     for (std::size_t p = 0; p < count; ++p) vectors += parts[p].count;
     const Buffer<float> hidden(vectors * layout.first.rows), inner(vectors * layout.second.cols);
-    PreparedVectors between(layout.second.at(parts[0].task->record + layout.second_offset), vectors);
+    PreparedVectors between(layout.second.at(parts[0].task->record + layout.second_offset), vectors, many);
 
     std::vector<Product> firsts(count), seconds(count);
-    std::int64_t vector = 0;
+    std::vector<const std::uint8_t*> first_x(static_cast<std::size_t>(vectors)), second_x = between.pointers(vectors);
+    std::vector<float*> first_y(static_cast<std::size_t>(vectors)), second_y(static_cast<std::size_t>(vectors));
+    std::size_t vector = 0;
     for (std::size_t p = 0; p < count; ++p) {
         const Task& task = *parts[p].task;
         Product &first = firsts[p], &second = seconds[p];
         first.matrix = layout.first.at(task.record + layout.first_offset);
         second.matrix = layout.second.at(task.record + layout.second_offset);
-        first.rows = outer.rows();
-        second.rows = between.rows();
+        first.kernel = outer.kernel();
+        second.kernel = between.kernel();
         first.bias = second.bias = nullptr;
         first.halves = layout.first_bias < 0 ? nullptr : task.record + layout.first_bias;
         second.halves = layout.second_bias < 0 ? nullptr : task.record + layout.second_bias;
         first.is_float16 = second.is_float16 = layout.bias_is_float16;
         first.count = second.count = parts[p].count;
+        first.x = &first_x[vector];
+        first.y = &first_y[vector];
+        second.x = &second_x[vector];
+        second.y = &second_y[vector];
         for (int v = 0; v < first.count; ++v, ++vector) {
-            first.x[v] = outer[rows.place(task.rows[parts[p].start + v])];
-            first.y[v] = hidden.get() + vector * layout.first.rows;
-            second.x[v] = between[vector];
-            second.y[v] = task.out + (parts[p].start + v) * layout.second.rows;
+            first_x[vector] = outer[rows.place(task.rows[parts[p].start + v])];
+            first_y[vector] = hidden.get() + static_cast<std::int64_t>(vector) * layout.first.rows;
+            second_y[vector] = task.out + (parts[p].start + v) * layout.second.rows;
         }
     }
     first_half(firsts, layout, inner.get(), threads);
     between.fill(vectors, threads, [&](std::int64_t v) { return inner.get() + v * layout.second.cols; });
     share(seconds, 1, threads, multiply);
+}
+
+// Tasks that are all of many rows or all of few.
+void experts_alike(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, bool many, int threads) {
+    const Rows rows(tasks);
+    if (rows.count() == 0) return;
+    PreparedVectors outer(layout.first.at(tasks[0].record + layout.first_offset), rows.count(), many);
+    outer.fill(rows.count(), threads, [&](std::int64_t place) { return x + rows[place] * layout.first.cols; });
+    const Matrix second = layout.second.at(nullptr);
+    const std::vector<Part> parts = parts_of(tasks, std::min(outer.kernel().most_vectors, active().kernel(second, many).most_vectors));
+    for (std::size_t start = 0; start < parts.size();) {
+        std::size_t end = start;
+        for (std::int64_t vectors = 0; end < parts.size() && (end == start || vectors + parts[end].count <= kBatch); ++end)
+            vectors += parts[end].count;
+        compute(parts.data() + start, end - start, rows, outer, layout, many, threads);
+        start = end;
+    }
 }
 
 }  // namespace
@@ -272,7 +295,11 @@ bool choose(const char* name) {
 
 void linears(const float* x, int count, const Linear* list, int n, int threads) {
     std::vector<std::unique_ptr<PreparedVectors>> prepared;  // for each format once
+    std::vector<std::vector<const std::uint8_t*>> pointers;
     std::vector<const Shape*> formats;
+    std::vector<float*> y;
+    for (int i = 0; i < n; ++i)
+        for (int v = 0; v < count; ++v) y.push_back(list[i].out + v * list[i].shape.rows);
     std::vector<Product> products;
     for (int i = 0; i < n; ++i) {
         const Shape& shape = list[i].shape;
@@ -280,10 +307,11 @@ void linears(const float* x, int count, const Linear* list, int n, int threads) 
         while (found < formats.size() && !same_format(*formats[found], shape)) ++found;
         if (found == formats.size()) {
             formats.push_back(&shape);
-            prepared.push_back(std::make_unique<PreparedVectors>(shape.at(list[i].packed), count));
+            prepared.push_back(std::make_unique<PreparedVectors>(shape.at(list[i].packed), count, count >= kMany));
             prepared[found]->fill(count, threads, [&](std::int64_t v) { return x + v * shape.cols; });
+            pointers.push_back(prepared[found]->pointers(count));
         }
-        add_products(products, list[i], *prepared[found], count);
+        add_products(products, list[i], prepared[found]->kernel(), pointers[found].data(), y.data() + i * count, count);
     }
     share(products, 1, threads, multiply);
 }
@@ -295,18 +323,10 @@ void linear(const float* x, int count, const std::uint8_t* packed, const Shape& 
 }
 
 void experts(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, int threads) {
-    const std::vector<Part> parts = parts_of(tasks);
-    if (parts.empty()) return;
-    const Rows rows(tasks);
-    PreparedVectors outer(layout.first.at(tasks[0].record + layout.first_offset), rows.count());
-    outer.fill(rows.count(), threads, [&](std::int64_t place) { return x + rows[place] * layout.first.cols; });
-    for (std::size_t start = 0; start < parts.size();) {
-        std::size_t end = start;
-        for (std::int64_t vectors = 0; end < parts.size() && (end == start || vectors + parts[end].count <= kBatch); ++end)
-            vectors += parts[end].count;
-        compute(parts.data() + start, end - start, rows, outer, layout, threads);
-        start = end;
-    }
+    std::vector<Task> few, many;
+    for (const Task& task : tasks) (task.count < kMany ? few : many).push_back(task);
+    experts_alike(x, few, layout, false, threads);
+    experts_alike(x, many, layout, true, threads);
 }
 
 }  // namespace greenroom

@@ -1,5 +1,5 @@
 // Products and experts over packed matrices, shared out to threads. Bit for bit the same for any number of threads, and
-// for a vector alone and among others.
+// for a vector whatever the others are, but for one choice: a task of kMany vectors or more may have another kernel.
 #pragma once
 
 #include <cstdint>

@@ -111,15 +111,12 @@ inline float round_panel(const float* x, std::int64_t count, std::int32_t* to) {
     return finite ? scale : __builtin_nanf("");
 }
 
-template <class C, int NBYTES, int GROUP>
-void prepare_integers(const Matrix& matrix, const float* x, std::uint8_t* prepared) {
-    const Prepared at(matrix, C::columns);
-    float* scales = reinterpret_cast<float*>(prepared + at.scales);
-    float* sums = reinterpret_cast<float*>(prepared + at.sums);
+// A vector's scale per panel and sum per group, padded with zeros; place(column, rounded) gets each panel's integers.
+template <int GROUP, class Place>
+void round_vector(const Matrix& matrix, const float* x, std::int64_t panels, float* scales, float* sums, const Place& place) {
     for (std::int64_t g = matrix.groups; g < padded_groups(matrix); ++g) sums[g] = 0.0f;
-    for (std::int64_t panel = 0; panel < at.panels; ++panel) {
+    for (std::int64_t panel = 0; panel < panels; ++panel) {
         const std::int64_t start = panel * kPanel, left = matrix.cols - start;
-        const std::int64_t stored = at.scales / 2 - start < kPanel ? at.scales / 2 - start : kPanel;
         alignas(64) std::int32_t rounded[kPanel] = {};
         if (left > 0) scales[panel] = round_panel(x + start, left < kPanel ? left : kPanel, rounded);
         else scales[panel] = 0.0f;
@@ -128,6 +125,17 @@ void prepare_integers(const Matrix& matrix, const float* x, std::uint8_t* prepar
             for (int i = 0; i < GROUP; ++i) sum += rounded[g * GROUP + i];
             sums[start / GROUP + g] = static_cast<float>(sum) * scales[panel];
         }
+        place(start, rounded);
+    }
+}
+
+template <class C, int NBYTES, int GROUP>
+void prepare_integers(const Matrix& matrix, const float* x, std::uint8_t* prepared) {
+    const Prepared at(matrix, C::columns);
+    float* scales = reinterpret_cast<float*>(prepared + at.scales);
+    float* sums = reinterpret_cast<float*>(prepared + at.sums);
+    round_vector<GROUP>(matrix, x, at.panels, scales, sums, [&](std::int64_t start, const std::int32_t* rounded) {
+        const std::int64_t stored = at.scales / 2 - start < kPanel ? at.scales / 2 - start : kPanel;
         std::uint8_t* to = prepared + 2 * start;
         for (std::int64_t chunk = 0; chunk < stored; chunk += C::columns)
             for (int v = 0; v < C::vectors; ++v, to += 2 * NBYTES)
@@ -137,7 +145,7 @@ void prepare_integers(const Matrix& matrix, const float* x, std::uint8_t* prepar
                         to[b * C::lane + i] = static_cast<std::uint8_t>(hi);
                         to[NBYTES + b * C::lane + i] = static_cast<std::uint8_t>(value - 256 * hi);
                     }
-    }
+    });
 }
 
 // R rows from `row` on times N vectors, as the sums are made: see the formula above.
@@ -235,9 +243,11 @@ void integer_rows(const Matrix& matrix, std::int64_t row, const std::uint8_t* co
 template <class V, int BITS, int GROUP>
 struct Integer {
     using C = Chunk<V, BITS, GROUP>;
-    static constexpr bool kForMany = true;
+    static constexpr int rows_at_once = 4, most_vectors = 32;
+    static constexpr bool for_many = true;
 
-    static std::int64_t nbytes(const Matrix& matrix) { return Prepared(matrix, C::columns).nbytes; }
+    static std::int64_t prepared_nbytes(const Matrix& matrix) { return Prepared(matrix, C::columns).nbytes; }
+    static std::int64_t scratch_floats(const Matrix& matrix) { return 4 * V::tile_rows * padded_groups(matrix); }
     static void prepare(const Matrix& matrix, const float* x, std::uint8_t* to) {
         prepare_integers<C, V::kBytes, GROUP>(matrix, x, to);
     }

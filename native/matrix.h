@@ -17,7 +17,8 @@ struct Matrix {
 };
 
 constexpr std::int64_t kBlock = 64;  // columns whose codes lie together
-constexpr int kMaxVectors = 32;      // vectors that a RowsFunction multiplies at a time
+constexpr int kMaxVectors = 128;     // vectors that any RowsFunction multiplies at a time
+constexpr int kMany = 8;             // vectors from which on another kernel may be the better one
 
 // What stands between the two products of an expert. The first makes rows g, or g and as many u, all of g first or in
 // turns. alpha, limit and plus are 1, infinite and 0 where a family has nothing of the kind.
@@ -31,10 +32,10 @@ struct Gate {
 
 // Vectors come prepared: as an instruction set wants to read them, for matrices of one bit width, group size and
 // number of columns. The functions below read no more of a Matrix than that, except for RowsFunction.
-using PreparedSize = std::int64_t (*)(const Matrix& matrix);  // bytes, a multiple of 64
+using Size = std::int64_t (*)(const Matrix& matrix);
 using Prepare = void (*)(const Matrix& matrix, const float* x, std::uint8_t* prepared);
 
-// y[v][r] = row r . x[v] for rows first <= r < last and vectors 0 <= v < count. scratch holds scratch_floats(matrix).
+// y[v][r] = row r . x[v] for rows first <= r < last and vectors 0 <= v < count.
 // A row's result depends on its bytes and on x[v] alone: the order of its sum is the same for every count.
 using RowsFunction = void (*)(const Matrix& matrix, std::int64_t first, std::int64_t last,
                               const std::uint8_t* const* x, int count, float* const* y, float* scratch);
@@ -64,17 +65,20 @@ using Attend = void (*)(const Span& span);
 using Mix = void (*)(const std::uint8_t* values, int value_dim, const float* weights, int positions, float* out);
 
 struct Kernel {
-    PreparedSize prepared_nbytes;
+    Size prepared_nbytes;  // a multiple of 64
     Prepare prepare;
     RowsFunction rows;
-    bool for_many;  // worth taking for more than kMaxVectors vectors too, rather than unpacking the matrix once
+    Size scratch_floats;
+    int rows_at_once;   // spans of rows are best multiples of it
+    int most_vectors;   // that `rows` takes, kMaxVectors at most
+    bool for_many;      // worth taking for more than most_vectors too, rather than unpacking the matrix once
 };
 
 struct Isa {
     const char* name;
     const char* title;
     bool (*supported)();
-    Kernel (*kernel)(const Matrix& matrix);  // for its bit width and group size
+    Kernel (*kernel)(const Matrix& matrix, bool many);  // for its bit width and group size, and kMany vectors or more
     Activate activate;
     Attend attend;
     Mix mix;
@@ -86,9 +90,5 @@ extern const Isa kAvx2;
 extern const Isa kAvx512Vnni;
 #endif
 
-constexpr std::int64_t kRowsAtOnce = 8;  // that a RowsFunction may decode the groups of
-
 inline std::int64_t padded_groups(const Matrix& matrix) { return (matrix.groups + 15) / 16 * 16 + 16; }
-inline std::int64_t scratch_floats(const Matrix& matrix) { return 2 * kRowsAtOnce * padded_groups(matrix); }
-
 }  // namespace greenroom

@@ -76,7 +76,8 @@ void experts_at(std::uintptr_t x, std::int64_t x_rows, const std::vector<std::ui
 
 // Whether the compiled kernels are the faster ones for so many vectors.
 bool takes(const Shape& shape, int count) {
-    return count <= kMaxVectors || active().kernel(shape.at(nullptr)).for_many;
+    const Kernel kernel = active().kernel(shape.at(nullptr), count >= kMany);
+    return count <= kernel.most_vectors || kernel.for_many;
 }
 
 Gate gate_of(const std::string& function, const std::string& order, float alpha, float limit, float plus) {

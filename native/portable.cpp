@@ -53,7 +53,7 @@ struct Portable {
 
 bool supported() { return true; }
 
-Kernel kernel(const Matrix& matrix) { return float_kernel<Portable>(matrix.bits); }
+Kernel kernel(const Matrix& matrix, bool) { return float_kernel<Portable>(matrix.bits); }
 
 }  // namespace
 

@@ -121,13 +121,15 @@ constexpr float kOnes[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
 // The functions of an Isa for matrices of BITS bits; a prepared vector is the vector, with zeros up to a whole block.
 template <class V, int BITS>
 struct Float {
-    static constexpr bool kForMany = false;
+    static constexpr int rows_at_once = 4, most_vectors = 32;
+    static constexpr bool for_many = false;
 
-    static std::int64_t nbytes(const Matrix& matrix) { return (matrix.cols + kBlock - 1) / kBlock * kBlock * 4; }
+    static std::int64_t prepared_nbytes(const Matrix& matrix) { return (matrix.cols + kBlock - 1) / kBlock * kBlock * 4; }
+    static std::int64_t scratch_floats(const Matrix& matrix) { return 2 * padded_groups(matrix); }
 
     static void prepare(const Matrix& matrix, const float* x, std::uint8_t* prepared) {
         std::memcpy(prepared, x, static_cast<std::size_t>(matrix.cols) * 4);
-        std::memset(prepared + matrix.cols * 4, 0, static_cast<std::size_t>(nbytes(matrix) - matrix.cols * 4));
+        std::memset(prepared + matrix.cols * 4, 0, static_cast<std::size_t>(prepared_nbytes(matrix) - matrix.cols * 4));
     }
 
     static void rows(const Matrix& matrix, std::int64_t first, std::int64_t last, const std::uint8_t* const* x,
@@ -147,7 +149,7 @@ struct Float {
 
 template <class K>
 constexpr Kernel kernel_of() {
-    return {K::nbytes, K::prepare, K::rows, K::kForMany};
+    return {K::prepared_nbytes, K::prepare, K::rows, K::scratch_floats, K::rows_at_once, K::most_vectors, K::for_many};
 }
 
 template <class V>

@@ -23,6 +23,8 @@ built = pytest.mark.skipif(EXTENSION is None, reason="the extension is not built
 FORMATS = [Format(bits=bits, group_size=group) for bits in (2, 3, 4, 8) for group in (16, 32, 64, 128)]
 FORMATS += [Format(bits=16, group_size=0, dtype=dtype) for dtype in ("bfloat16", "float16")]
 SHAPES = [(1, 48), (3, 80), (17, 576), (5, 1536), (130, 64), (2, 1)]
+MANY = 8
+"""Vectors from which on another kernel may serve."""
 EXACT = 1e-5
 """Of the largest output, or of a row's norm where outputs happen to be small: float32 is summed in another order, and
 a weight rounded once where the reference rounds it twice."""
@@ -178,18 +180,42 @@ def test_padding_is_never_read_as_weights(isa: str, format: Format) -> None:
 
 
 @pytest.mark.parametrize("format", [FORMATS[0], FORMATS[5], FORMATS[9], FORMATS[14], FORMATS[16]], ids=lambda f: f.name)
-def test_a_vector_alone_and_in_a_batch(isa: str, format: Format, two_threads: None) -> None:
+@pytest.mark.parametrize("most,counts", [(MANY - 1, (1, 2, 3, 5)), (32, (MANY, 13, 18, 31))])
+def test_a_vector_alone_and_in_a_batch(
+    isa: str, format: Format, most: int, counts: "tuple[int, ...]", two_threads: None
+) -> None:
+    """Few vectors and many may be computed by different kernels; within each, a vector's bits are its own."""
     rows, cols = 301, 1040
-    packed, x = quantize(weight(rows, cols), format), vectors(16, cols)
+    packed, x = quantize(weight(rows, cols), format), vectors(most, cols)
     whole = native.linear(x, packed, rows, cols, format)
     assert whole is not None
-    for count in (1, 2, 3, 5, 15):
-        for start in range(0, 16 - count, 3):
+    for count in counts:
+        for start in range(0, most - count + 1, 3):
             part = native.linear(x[start : start + count], packed, rows, cols, format)
             assert part is not None and torch.equal(part, whole[start : start + count])
     torch.set_num_threads(1)
     alone = native.linear(x, packed, rows, cols, format)
     assert alone is not None and torch.equal(alone, whole)
+
+
+@pytest.mark.parametrize("format", FORMATS[:16], ids=lambda format: format.name)
+def test_many_vectors_that_end_anywhere(isa: str, format: Format) -> None:
+    """Rows that fill no tile and columns that fill no panel, for every size of a tile; a wrong column shows."""
+    for rows, cols in ((33, 520), (1, 1000), (70, 513), (31, 16)):
+        packed = quantize(weight(rows, cols), format)
+        whole = dequantize(packed, rows, cols, format)
+        for count in (*range(MANY, 14), 33, 129):
+            x = vectors(count, cols)
+            found = native.linear(x, packed, rows, cols, format)
+            if found is None:
+                assert isa != "avx512vnni" and count > 32
+                continue
+            wanted = reference.linear(x, packed, rows, cols, format)
+            allowed = rounding(x, whole) + EXACT * max(float(wanted.abs().max()), float(whole.norm(dim=1).max()))
+            assert bool(((found - wanted).abs() <= allowed).all())
+            x[:, -1] += 0.1  # negative control
+            control = reference.linear(x, packed, rows, cols, format)
+            assert not bool(((found - control).abs() <= allowed).all())
 
 
 @pytest.mark.parametrize("hidden,inner", [(64, 32), (80, 56), (96, 1040)])
@@ -233,8 +259,9 @@ def test_a_task_alone_and_among_others(isa: str, two_threads: None) -> None:
         torch.set_num_threads(threads)
         for task, wanted in zip(tasks, together, strict=True):
             assert torch.equal(kernels.experts(x, [task], its, SWIGLU)[0], wanted)
-    token = native.experts(x, [ExpertTask(records[3], torch.tensor([5]))], its, SWIGLU)[0]
-    assert torch.equal(token[0], together[3][5])
+    for number, rows, places in ((2, [7], [2]), (3, list(range(3, 3 + MANY)), list(range(3, 3 + MANY)))):
+        part = native.experts(x, tasks_of([records[number]], [rows]), its, SWIGLU)[0]
+        assert torch.equal(part, together[number][places])
 
 
 @built
