@@ -125,10 +125,12 @@ void add_panel_to_all(const TurnedPanel& panel, const PreparedPlanes& at, const 
 }
 
 // Turns the codes of `rows` rows and a panel, from column `start` on, into `to`; rows that are not there become zeros.
+// What comes next is fetched meanwhile: short pieces of many rows are nothing that the memory guesses by itself.
 template <class V, int BITS>
 void turn_codes(const Matrix& matrix, std::int64_t row, int rows, std::int64_t start, std::uint8_t* to) {
     using C = Chunk<V, BITS, 64>;
     constexpr int W = V::kWidth;
+    const std::int64_t next = start + kPanel < matrix.cols ? kPanel / 8 * BITS : kTileRows * matrix.code_row_bytes - start / 8 * BITS;
     for (std::int64_t column = 0; column < kPanel; column += C::columns) {
         const std::int64_t byte = (start + column) / 8 * BITS;
         if (byte >= matrix.code_row_bytes) return;
@@ -137,6 +139,7 @@ void turn_codes(const Matrix& matrix, std::int64_t row, int rows, std::int64_t s
             for (int r = 0; r < W; ++r) {
                 const bool there = first + r < rows;
                 const std::uint8_t* from = matrix.codes + (there ? row + first + r : row) * matrix.code_row_bytes + byte;
+                for (int i = 0; i < C::nbytes; i += 64) __builtin_prefetch(from + next + i);
                 packed[r].load(from, there ? matrix.code_row_bytes - byte : 0);
             }
             for (int v = 0; v < C::vectors; ++v) {
