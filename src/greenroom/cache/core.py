@@ -16,6 +16,7 @@ Which experts are resident depends on the sequence of requests alone, never on w
 guessed: a recorded trace replays to exactly the hits of the live run.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -111,7 +112,7 @@ class ExpertCache:
         self.counters = Counters()
         self._policies = [policy(capacity) for capacity in capacities]
         self._validate = validate
-        self._free = list(range(self.buffers))
+        self._free = deque(range(self.buffers))
         self._held: dict[Key, _Held] = {}
         self._guessed: dict[Key, None] = {}  # held by a guess that no request has used yet, oldest first
         self._reading: dict[int, Key | None] = {}  # buffer → key, or None where nobody wants it any more
@@ -176,6 +177,28 @@ class ExpertCache:
         self._check()
         return buffers
 
+    def elsewhere(self, layer: int, expert: int) -> None:
+        """An expert of the active request, whose load has not been issued, is computed without being loaded. It gets no
+        slot, whatever the policy said."""
+        key = (layer, expert)
+        self._queue.demand.remove(key)
+        self._active.remove(key)
+        self._resident[self._group(layer)].discard(key)
+        self._check()
+
+    def later(self, layer: int, expert: int) -> list[Load]:
+        """The same, but its slot is to be filled, if it has one and a buffer is free: the load, to be started."""
+        key = (layer, expert)
+        if key not in self._resident[self._group(layer)] or not self._free:
+            self.elsewhere(layer, expert)
+            return []
+        self._queue.demand.remove(key)
+        self._active.remove(key)
+        load = self._start(key, speculative=False)
+        self._held[key].pinned = False
+        self._check()
+        return [Load(key, load.buffer, speculative=True)]
+
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """Queue a read of `experts` of `layer`, likeliest first, replacing that layer's queued guesses.
 
@@ -217,6 +240,11 @@ class ExpertCache:
         """Buffers that are being read into."""
         return set(self._reading)
 
+    @property
+    def free(self) -> "tuple[int, ...]":
+        """Buffers that nobody needs."""
+        return tuple(self._free)
+
     def release(self, layer: int, expert: int) -> None:
         """The expert of the active request is computed; without a slot its buffer becomes free."""
         key = (layer, expert)
@@ -256,7 +284,7 @@ class ExpertCache:
         return Access(hits=hits, prefetched=prefetched, late=late, misses=misses)
 
     def _start(self, key: Key, *, speculative: bool) -> Load:
-        buffer = self._free.pop()
+        buffer = self._free.popleft()  # the longest free, so that what it held has been saved, if it had to be
         self._held[key] = _Held(buffer, pinned=not speculative)
         self._reading[buffer] = key
         if speculative:
