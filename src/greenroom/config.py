@@ -34,22 +34,25 @@ class PackSettings:
 class EngineSettings:
     """What a running model may use.
 
-    `ram`: bytes for everything the process holds, or None for what the machine has to spare.
-    `experts_per_layer`: slots per layer (the paper's k); overrides what `ram` would give.
-    `expert_budget`: bytes for slots alone, shared by all layers. `policy`: an eviction policy, per layer, or over all
-    layers at once with the suffix `-shared`.
-    `staging`: buffers beside the slots, for guesses and for experts that get no slot (the paper's b).
-    `prefetch`: experts guessed per token and layer ahead; `lookahead`: how many layers ahead.
-    `context`: tokens of KV cache to reserve memory for; `prompt_chunk`: the most tokens of a prompt that go through the
-    model at once, whose activations are reserved. `reserve`: bytes that whoever runs the model takes for its own
-    work, counted with the working set. `readers`: reads in flight.
+    `ram`: bytes for everything the process holds, or None for what the machine has to spare. `vram`: bytes of a GPU for
+    everything but the embeddings and the experts that do not fit, which RAM holds as far as it can; None computes on
+    the CPU. `cpu_experts`: compute experts that the GPU lacks on the CPU where that is faster. `experts_per_layer`:
+    slots per layer (the paper's k); overrides what `ram` would give. `expert_budget`: bytes for slots alone, shared by
+    all layers. `policy`: an eviction policy, per layer, or over all layers at once with the suffix `-shared`.
+    `staging`: buffers beside the slots, for guesses and for experts that get no slot (the paper's b). `prefetch`:
+    experts guessed per token and layer ahead; `lookahead`: how many layers ahead. `context`: tokens of KV cache to
+    reserve memory for; `prompt_chunk`: the most tokens of a prompt that go through the model at once, whose activations
+    are reserved. `reserve`: bytes that whoever runs the model takes for its own work, counted with the working set.
+    `readers`: reads in flight.
     """
 
     ram: "int | None" = None
+    vram: "int | None" = None
     experts_per_layer: "int | None" = None
     expert_budget: "int | None" = None
     policy: str = "learned"
     staging: int = 4
+    cpu_experts: bool = True
     prefetch: int = 0
     lookahead: int = 1
     context: int = 2048
@@ -59,7 +62,7 @@ class EngineSettings:
     validate: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(1, ram=self.ram, staging=self.staging, lookahead=self.lookahead, context=self.context)
+        _at_least(1, ram=self.ram, vram=self.vram, staging=self.staging, lookahead=self.lookahead, context=self.context)
         _at_least(1, prompt_chunk=self.prompt_chunk, readers=self.readers)
         _at_least(
             0,

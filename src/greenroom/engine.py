@@ -9,18 +9,25 @@ from typing import Any
 import torch
 
 from greenroom import kernels, planner, seam, threads
-from greenroom.cache import POLICIES, EvictionPolicy, ExpertCache
+from greenroom.cache import POLICIES, EvictionPolicy, ExpertCache, VictimCache
 from greenroom.cache.curve import MissRatioCurve
 from greenroom.config import EngineSettings
 from greenroom.decode import DecodeStep
+from greenroom.device import Device, find_gpu
+from greenroom.device_runner import DeviceRunner, SlotsKernel
+from greenroom.errors import BudgetError
 from greenroom.history import History
+from greenroom.kernels import slots
 from greenroom.machine import available_memory
 from greenroom.metrics import Metrics, process_memory
 from greenroom.model import build, routers
 from greenroom.packed import PackedModel
+from greenroom.placement import Placement
 from greenroom.prefetch import Prefetcher
 from greenroom.runner import ExpertRunner
+from greenroom.sizes import format_bytes
 from greenroom.store import Arena, DiskStore, Store
+from greenroom.tiers import DeviceArena, Link, TierTransfer
 from greenroom.transfer import Transfer
 
 
@@ -35,14 +42,18 @@ class Engine:
         self,
         packed: PackedModel,
         settings: EngineSettings,
-        dtype: torch.dtype = torch.float32,
+        dtype: "torch.dtype | None" = None,
         *,
         history: "History | None" = None,
         store: "Store | None" = None,
         shuffle: "random.Random | None" = None,
+        device: "Device | None" = None,
+        slots_kernel: "SlotsKernel | None" = None,
     ) -> None:
-        policy = planner.check_policy(settings.policy, sorted(POLICIES))
+        self._policy_name = planner.check_policy(settings.policy, sorted(POLICIES))
         self.packed, self.settings = packed, settings
+        self.device = None if settings.vram is None else device or find_gpu()
+        dtype = dtype or (torch.float32 if self.device is None else self.device.dtype)
         threads.take_over()
         self.kernel = kernels.describe(dtype)
         """which kernel computes, for people"""
@@ -60,30 +71,71 @@ class Engine:
         self._history = history
         self.model: Any = build(packed, config, dtype, self._serve)
         self._store = store if store is not None else DiskStore(packed)
-        arena = Arena(self.plan.slots + settings.staging, self.plan.record_nbytes)
-        self._transfer = Transfer(self._store, arena, settings.readers, shuffle.shuffle if shuffle else None)
+        self._shuffle = shuffle.shuffle if shuffle else None
         self.curve = MissRatioCurve(len(packed.manifest.experts))
         """LRU's hit rates for every number of slots, estimated while tokens are decoded"""
-        self.runner = ExpertRunner(
-            entries=packed.manifest.experts,
-            cache=ExpertCache(
-                layers=len(packed.manifest.experts),
-                capacities=self.plan.capacities,
-                staging=settings.staging,
-                policy=self._policy(policy),
-                validate=settings.validate,
-            ),
-            transfer=self._transfer,
-            arena=arena,
-            kernel=kernels.experts,
-            curve=self.curve,
-            prefetcher=Prefetcher(routers(self.model, packed), settings.prefetch, settings.lookahead, settings.staging),
-        )
-
+        self.runner = self._on_cpu() if self.device is None else self._on_device(self.device, slots_kernel)
         self.decode = DecodeStep(self.model.base_model, self.runner.token)
-
+        if self.device is not None:
+            self.decode.enabled = False
         self.model.greenroom = self
         seam.load_generation_config(self.model, packed.folder)
+
+    def _on_cpu(self) -> ExpertRunner:
+        """Slots in RAM, the rest on disk."""
+        arena = Arena(self.plan.slots + self.settings.staging, self.plan.record_nbytes)
+        self._transfer: Transfer | TierTransfer = Transfer(self._store, arena, self.settings.readers, self._shuffle)
+        return ExpertRunner(arena=arena, kernel=kernels.experts, **self._parts())
+
+    def _on_device(self, device: Device, slots_kernel: "SlotsKernel | None") -> DeviceRunner:
+        """Slots on the device, what it lacks in RAM as far as that goes, the rest on disk."""
+        assert self.plan.ram is not None
+        settings, nbytes = self.settings, self.plan.record_nbytes
+        try:
+            self.model.to(device.place)
+            arena = DeviceArena(device, self.plan.slots + settings.staging, nbytes)
+        except torch.OutOfMemoryError as error:
+            free, total = device.memory()
+            raise BudgetError(
+                f"{device.title()} has {format_bytes(free)} free of {format_bytes(total)}, which cannot hold "
+                f"{format_bytes(self.plan.total)}: give a smaller --vram"
+            ) from error
+        host = Arena(self.plan.ram.slots + settings.staging, nbytes)
+        self._transfer = TierTransfer(
+            arena,
+            host,
+            Transfer(self._store, host, settings.readers, self._shuffle),
+            Link(device),
+            VictimCache(self.plan.ram.slots, settings.validate),
+            [entry.record_nbytes for entry in self.packed.manifest.experts],
+        )
+        return DeviceRunner(
+            arena=arena,
+            device=device,
+            slots_kernel=slots_kernel or slots,
+            cpu_kernel=kernels.experts,
+            placement=Placement(settings.cpu_experts),
+            **self._parts(),
+        )
+
+    def _parts(self) -> "dict[str, Any]":
+        """What runners on every device have; the transfer has been made."""
+        settings, entries = self.settings, self.packed.manifest.experts
+        return {
+            "entries": entries,
+            "cache": ExpertCache(
+                layers=len(entries),
+                capacities=self.plan.capacities,
+                staging=settings.staging,
+                policy=self._policy(self._policy_name),
+                validate=settings.validate,
+            ),
+            "transfer": self._transfer,
+            "curve": self.curve,
+            "prefetcher": Prefetcher(
+                routers(self.model, self.packed), settings.prefetch, settings.lookahead, settings.staging
+            ),
+        }
 
     def _policy(self, name: str) -> "Callable[[int], EvictionPolicy]":
         """The policy, or a cheap one where there is room for all: then nothing is ever evicted."""
@@ -93,6 +145,10 @@ class Engine:
 
     def _serve(self, layer: int, module: Any, x: Any, top_k_index: Any, top_k_weights: Any) -> torch.Tensor:
         return self.runner(layer, module, x, top_k_index, top_k_weights)
+
+    def placement(self) -> str:
+        """Where missed experts are computed and why, for people; empty where there is no choice."""
+        return str(self.runner.placement) if isinstance(self.runner, DeviceRunner) else ""
 
     def metrics(self) -> Metrics:
         """A copy of the running totals."""
@@ -118,3 +174,5 @@ class Engine:
         self._history = None
         self._transfer.close()
         self._store.close()
+        if self.device is not None:
+            self.device.close()

@@ -146,14 +146,17 @@ def engine_settings(
     from greenroom.config import EngineSettings
     from greenroom.sizes import parse_bytes
 
-    if vram is not None or device not in (None, "cpu"):
-        raise ConfigError("this version runs on the CPU: leave --vram and device out and give --ram")
-    return EngineSettings(ram=None if ram is None else parse_bytes(ram), **others)
+    if device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"device must be cpu or cuda, not {device!r}")
+    if (device == "cpu" and vram is not None) or (device == "cuda" and vram is None):
+        raise ConfigError("device cuda goes with a size for vram, and device cpu without: give vram alone, or ram")
+    sizes = [None if size is None else parse_bytes(size) for size in (ram, vram)]
+    return EngineSettings(ram=sizes[0], vram=sizes[1], **others)
 
 
 def with_demo_share(settings: "EngineSettings", manifest: "Manifest") -> "EngineSettings":
     """Without a memory setting the demo runs with a third of its experts in memory."""
-    if settings.ram is not None or settings.experts_per_layer is not None:
+    if (settings.ram, settings.vram, settings.experts_per_layer) != (None, None, None):
         return settings
     experts_nbytes = sum(entry.num_experts * entry.record_nbytes for entry in manifest.experts)
     return dataclasses.replace(settings, expert_budget=experts_nbytes // DEMO_EXPERT_SHARE)
@@ -176,11 +179,13 @@ def start(
     return engine
 
 
-def _dtype(dtype: "torch.dtype | str | None") -> "torch.dtype":
+def _dtype(dtype: "torch.dtype | str | None") -> "torch.dtype | None":
     import torch
 
+    if dtype is None:
+        return None
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    found = known.get(dtype, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    found = known.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if found not in known.values():
         raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
     assert isinstance(found, torch.dtype)
@@ -219,6 +224,7 @@ def load(
     head_bits: "int | None" = None,
     group_size: "int | None" = None,
     policy: str = "learned",
+    cpu_experts: bool = True,
     prefetch: int = 0,
     lookahead: int = 1,
     context: int = 2048,
@@ -229,12 +235,14 @@ def load(
     """Load a model whose experts need not fit in memory: (a transformers model, its tokenizer or None).
 
     `model`: a packed folder, a Hugging Face folder, a hub id or "demo"; packed on first use. `ram`: what the whole
-    process may hold, in bytes or as "8GiB"; None takes what the machine can spare. `experts_per_layer`: slots per layer
-    (the paper's k) instead. `dtype`: of activations, float32 by default. `*_bits`, `group_size`: as in `pack`.
-    `policy`: "lru", "lfu", "s3fifo", "frequency-age", "probability" or "learned", per layer, or over all layers with
-    the suffix "-shared". `prefetch`, `lookahead`: experts guessed per layer and token, and how many layers ahead.
-    `context`: tokens of KV cache to reserve room for.
-    `staging`: buffers beside the slots; `readers`: reads in flight; `validate`: check the cache's invariants.
+    process may hold, in bytes or as "8GiB"; None takes what the machine can spare. `vram`: what it may hold on the GPU;
+    None computes on the CPU. `experts_per_layer`: slots per layer (the paper's k) instead. `dtype`: of activations, by
+    default float32, on a GPU bfloat16, or float16 where it has none. `cpu_experts`: with `vram`, compute on the CPU
+    what the GPU lacks where that is faster than moving it. `*_bits`, `group_size`: as in `pack`. `policy`: "lru",
+    "lfu", "s3fifo", "frequency-age", "probability" or "learned", per layer, or over all layers with the suffix
+    "-shared". `prefetch`, `lookahead`: experts guessed per layer and token, and how many layers ahead. `context`:
+    tokens of KV cache to reserve room for. `staging`: buffers beside the slots; `readers`: reads in flight; `validate`:
+    check the cache's invariants.
 
     The model is a usual one: `generate`, past key values, padding, streamers, stopping criteria. `model.greenroom` is
     its engine: `.plan`, `.metrics()`, `.close()`.
@@ -247,6 +255,7 @@ def load(
         device=device,
         experts_per_layer=experts_per_layer,
         policy=policy,
+        cpu_experts=cpu_experts,
         prefetch=prefetch,
         lookahead=lookahead,
         context=context,

@@ -17,6 +17,8 @@ class Metrics:
     """inside the expert kernels"""
     bytes_read: int = 0
     """experts read from the store"""
+    bytes_up: int = 0
+    """experts sent over the link to a device"""
     requests: int = 0
     hits: int = 0
     prefetched: int = 0

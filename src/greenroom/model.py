@@ -50,7 +50,7 @@ class PackedLinear(nn.Module):
 
 
 class MappedEmbedding(nn.Module):
-    """An embedding whose 16-bit rows stay in the packed file, mapped: a token touches one row of it."""
+    """An embedding whose 16-bit rows stay in the packed file, mapped in RAM: a token touches one row of it."""
 
     weight: torch.Tensor
 
@@ -62,7 +62,11 @@ class MappedEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows [..., embedding_dim] of `ids`, in the model's dtype."""
-        return F.embedding(ids, self.weight).to(self._dtype)
+        return F.embedding(ids.cpu(), self.weight).to(self._dtype).to(ids.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MappedEmbedding":
+        """Stay where the file is mapped when the model moves to a device."""
+        return self
 
 
 def _map(packed: PackedModel, entry: TensorEntry) -> torch.Tensor:

@@ -18,9 +18,45 @@ _KERNEL_NBYTES = 48 << 20  # dequantised tiles and their temporaries; see kernel
 _SPARE = 0.9  # without a budget: the share of free memory that greenroom takes at most
 
 
+_DEVICE_RUNTIME = 512 << 20  # a GPU's driver context and loaded kernels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RamPlan:
+    """What RAM holds behind a device's slots."""
+
+    budget: int
+    """what the process may hold"""
+    runtime: int
+    """Python, torch, transformers"""
+    staging: int
+    """buffers that experts pass through on their way from disk"""
+    working_set: int
+    """computing on the CPU"""
+    record_nbytes: int
+    slots: int
+    """experts that are kept"""
+
+    @property
+    def fixed(self) -> int:
+        """Everything but the slots."""
+        return self.runtime + self.staging + self.working_set
+
+    @property
+    def slots_nbytes(self) -> int:
+        """Bytes of all slots."""
+        return self.slots * self.record_nbytes
+
+    @property
+    def total(self) -> int:
+        """What the process will hold."""
+        return self.fixed + self.slots_nbytes
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Bytes by purpose, and slots by layer."""
+    """Bytes by purpose, and slots by layer: in RAM or, where there is a plan `ram` for what lies behind, on a
+    device."""
 
     budget: "int | None"
     """what may be held in all; None without a limit"""
@@ -38,6 +74,8 @@ class Plan:
     """experts per MoE layer"""
     capacities: "tuple[int, ...]"
     """slots per MoE layer, or one number that all layers share"""
+    ram: "RamPlan | None" = None
+    """None where the slots themselves are in RAM"""
 
     @property
     def slots(self) -> int:
@@ -77,15 +115,47 @@ def make_plan(
 ) -> Plan:
     """Plan memory for a packed model.
 
-    `runtime`: bytes the process holds before any weight. `budget`: bytes for everything, or None. `element_size`: bytes
-    of one activation. `gains[l][n]`: the hit rate of layer l with n slots, by which a budget is divided; without it,
-    and where slots are asked for per layer, all layers get as many. Raises BudgetError, saying what would do, where
-    the budget cannot hold the fixed parts.
+    `runtime`: bytes the process holds before any weight. `budget`: bytes of RAM for everything, or None.
+    `element_size`: bytes of one activation. `gains[l][n]`: the hit rate of layer l with n slots, by which a budget is
+    divided; without it, and where slots are asked for per layer, all layers get as many. Raises BudgetError, saying
+    what would do, where the budget cannot hold the fixed parts.
     """
+    plan = _plan(manifest, config, settings, runtime, budget, element_size)
+    plan = allot(plan, _slots(plan, settings), None if settings.experts_per_layer is not None else gains)
+    return plan if settings.vram is None else dataclasses.replace(plan, ram=_plan_ram(plan, settings, runtime, budget))
+
+
+def _plan_ram(plan: Plan, settings: EngineSettings, runtime: int, budget: "int | None") -> RamPlan:
+    """What RAM keeps behind `plan`'s slots: as many experts as its budget holds."""
+    assert budget is not None
+    empty = RamPlan(
+        budget=budget,
+        runtime=runtime,
+        staging=settings.staging * plan.record_nbytes,
+        working_set=_KERNEL_NBYTES,
+        record_nbytes=plan.record_nbytes,
+        slots=0,
+    )
+    room = (empty.budget - empty.fixed) // plan.record_nbytes
+    if room < 0:
+        raise BudgetError(
+            f"{format_bytes(empty.budget)} of RAM is too small: the runtime {format_bytes(runtime)}, staging "
+            f"{format_bytes(empty.staging)} and the working set {format_bytes(empty.working_set)} take "
+            f"{format_bytes(empty.fixed)}; give --ram {_round_up(empty.fixed)}MiB or more"
+        )
+    return dataclasses.replace(empty, slots=min(room, sum(plan.experts)))
+
+
+def _plan(
+    manifest: Manifest, config: Any, settings: EngineSettings, runtime: int, budget: "int | None", element_size: int
+) -> Plan:
+    """The fixed parts, in RAM or on the device, and no slots yet."""
+    if settings.vram is not None:
+        runtime, budget = _DEVICE_RUNTIME, settings.vram
     experts = tuple(entry.num_experts for entry in manifest.experts)
     record_nbytes = max(entry.record_nbytes for entry in manifest.experts)
-    dense, mapped = _dense_nbytes(manifest, element_size)
-    plan = Plan(
+    dense, mapped = _dense_nbytes(manifest, element_size, compiled=settings.vram is None)
+    return Plan(
         budget=budget,
         runtime=runtime,
         dense=dense,
@@ -99,12 +169,13 @@ def make_plan(
         experts=experts,
         capacities=(0,) if settings.policy.endswith("-shared") else (0,) * len(experts),
     )
-    return allot(plan, _slots(plan, settings), None if settings.experts_per_layer is not None else gains)
 
 
 def budget_of(settings: EngineSettings, runtime: int, available: int) -> "int | None":
-    """Bytes the process may hold: what the user said, else most of what is free, or None where slots were asked for."""
-    if settings.ram is not None or settings.experts_per_layer is not None:
+    """Bytes the process may hold: what the user said, else most of what is free, or None where slots in RAM were asked
+    for."""
+    unlimited = settings.experts_per_layer is not None and settings.vram is None
+    if settings.ram is not None or unlimited:
         return settings.ram
     return runtime + int(available * _SPARE)
 
@@ -124,7 +195,7 @@ def _slots(plan: Plan, settings: EngineSettings) -> int:
         needed = plan.fixed + (wanted * plan.record_nbytes if asked else 0)
         raise BudgetError(
             f"{format_bytes(plan.budget)} is too small: {describe_fixed(plan)} take {format_bytes(plan.fixed)}; "
-            f"give --ram {_round_up(needed)}MiB or more"
+            f"give --{'ram' if settings.vram is None else 'vram'} {_round_up(needed)}MiB or more"
             + (
                 f" or fewer experts per layer ({max(room, 0) // len(plan.experts)} fit)"
                 if asked
@@ -167,13 +238,14 @@ def hit_rate(plan: Plan, gains: "Sequence[Sequence[float]] | None") -> float:
     return sum(curve[n] for curve, n in zip(gains, slots, strict=True)) / len(gains)
 
 
-def _dense_nbytes(manifest: Manifest, element_size: int) -> "tuple[int, int]":
-    """(held in memory, left mapped on disk)."""
+def _dense_nbytes(manifest: Manifest, element_size: int, compiled: bool) -> "tuple[int, int]":
+    """(held in memory, left mapped on disk); `compiled`: by the compiled decoder too."""
     held = sum(entry.nbytes for entry in manifest.linears)
     held += sum(math.prod(entry.shape) * element_size for entry in manifest.tensors if not entry.mappable)
-    # the compiled decoder has routers, and what latent attention absorbs, once more in 16 bits
-    held += sum(2 * math.prod(entry.shape) for entry in manifest.tensors if not entry.mappable and len(entry.shape) > 1)
-    held += sum(2 * entry.rows * entry.cols for entry in manifest.linears if entry.module.endswith("kv_b_proj"))
+    if compiled:  # it has routers, and what latent attention absorbs, once more in 16 bits
+        matrices = [entry for entry in manifest.tensors if not entry.mappable and len(entry.shape) > 1]
+        held += sum(2 * math.prod(entry.shape) for entry in matrices)
+        held += sum(2 * entry.rows * entry.cols for entry in manifest.linears if entry.module.endswith("kv_b_proj"))
     return held, sum(entry.nbytes for entry in manifest.tensors if entry.mappable)
 
 

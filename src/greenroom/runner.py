@@ -65,7 +65,7 @@ class ExpertRunner:
         """
         if self.observer is not None:
             self.observer(layer, x, top_k_index, top_k_weights)
-        call = _Call(self._entries[layer], x, top_k_index, top_k_weights)
+        call = self._call(layer, x, top_k_index, top_k_weights)
         self.metrics.calls += 1
         if self.trace is not None:
             self.trace.append((layer, tuple(call.valued)))
@@ -76,9 +76,8 @@ class ExpertRunner:
             self._ask(layer, call.experts, call.valued)
             if len(x):
                 self._guess(layer, x, top_k_index.shape[1], prompt)
-            serve = self._in_turn if prompt else self._as_they_come
             with kept_from_torch():
-                out = serve(layer, call, _activation(module))
+                out = self._serve(layer, call, _activation(module), prompt)
             self._cache.finish()
         except BaseException:
             self._give_up()
@@ -134,6 +133,14 @@ class ExpertRunner:
             raise
         self._count()
 
+    def _call(self, layer: int, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> "Call":
+        return Call(self._entries[layer], x, top_k_index, top_k_weights)
+
+    def _serve(self, layer: int, call: "Call", activation: Activation, prompt: bool) -> torch.Tensor:
+        """The weighted sum, when all has been asked for."""
+        serve = self._in_turn if prompt else self._as_they_come
+        return serve(layer, call, activation)
+
     def _ask(self, layer: int, experts: "list[int]", valued: "list[int]") -> None:
         self._cache.request(layer, experts, valued)
         self._start_loads()
@@ -156,7 +163,7 @@ class ExpertRunner:
         with Stopwatch(self.metrics, "compute_s"):
             native.token(x, addresses, places, entry.record_nbytes, entry.tensors, kind, outputs)
 
-    def _as_they_come(self, layer: int, call: "_Call", activation: Activation) -> torch.Tensor:
+    def _as_they_come(self, layer: int, call: "Call", activation: Activation) -> torch.Tensor:
         """Resident experts first, then the others in the order in which their reads finish."""
         outputs: dict[int, torch.Tensor] = {}
         waiting = list(call.experts)
@@ -174,7 +181,7 @@ class ExpertRunner:
             call.add(out, expert, outputs[expert])
         return out.to(call.x.dtype)
 
-    def _in_turn(self, layer: int, call: "_Call", activation: Activation) -> torch.Tensor:
+    def _in_turn(self, layer: int, call: "Call", activation: Activation) -> torch.Tensor:
         """A prompt: experts in ascending order, each added at once, so that few outputs are held."""
         out = torch.zeros_like(call.x, dtype=torch.float32)
         early: dict[int, torch.Tensor] = {}
@@ -195,7 +202,7 @@ class ExpertRunner:
         return out.to(call.x.dtype)
 
     def _compute(
-        self, layer: int, call: "_Call", experts: "list[int]", activation: Activation
+        self, layer: int, call: "Call", experts: "list[int]", activation: Activation
     ) -> "dict[int, torch.Tensor]":
         tasks = []
         for expert in experts:
@@ -240,8 +247,8 @@ class ExpertRunner:
         metrics.misses, metrics.guesses = counters.misses, counters.guesses
 
 
-class _Call:
-    """One call's routing, sorted by expert."""
+class Call:
+    """One call's routing, sorted by expert. x [T, H] may lie on a device, index and weights [T, k] lie on the host."""
 
     def __init__(
         self, entry: ExpertsEntry, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -249,39 +256,39 @@ class _Call:
         self.x = x
         top_k = top_k_index.shape[1]
         flat = top_k_index.reshape(-1)
-        order = torch.argsort(flat, stable=True)
-        self._rows = order // top_k
-        self._weights = top_k_weights.reshape(-1)[order].unsqueeze(1)
-        experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
-        self._spans: dict[int, tuple[int, int]] = {}
+        self.order = torch.argsort(flat, stable=True)
+        """pairs (token · k + place) by expert"""
+        self._rows = self.order // top_k
+        weights = top_k_weights.reshape(-1)[self.order]
+        self._placed_rows, self._weights = self._rows.to(x.device), weights.to(x.device).unsqueeze(1)
+        experts, counts = torch.unique_consecutive(flat[self.order], return_counts=True)
+        self.spans: dict[int, tuple[int, int]] = {}
+        """expert → the first of its pairs in `order`, and the first that is not"""
         end = 0
         for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
             start, end = end, end + count
             if 0 <= expert < entry.num_experts:
-                self._spans[expert] = (start, end)
-        self.experts = list(self._spans)
+                self.spans[expert] = (start, end)
+        self.experts = list(self.spans)
         """distinct experts, ascending: the order of computing and of summing"""
-        last_row = {expert: int(order[end - 1]) // top_k for expert, (_, end) in self._spans.items()}
-        self.valued = sorted(self.experts, key=lambda expert: (last_row[expert], self._last_weight(expert)))
+        last = {expert: (int(self._rows[end - 1]), float(weights[end - 1])) for expert, (_, end) in self.spans.items()}
+        self.valued = sorted(self.experts, key=lambda expert: last[expert])
         """the same, least valuable first: by the last token that uses it, then by its weight there"""
 
     def rows(self, expert: int) -> torch.Tensor:
-        """Tokens routed to the expert, int64 [n]."""
-        start, end = self._spans[expert]
-        return self._rows[start:end]
+        """Tokens routed to the expert, int64 [n], where x is."""
+        start, end = self.spans[expert]
+        return self._placed_rows[start:end]
 
     def add(self, out: torch.Tensor, expert: int, output: torch.Tensor) -> None:
         """Add the expert's weighted output [n, H] to out [T, H] (float32)."""
-        start, end = self._spans[expert]
+        start, end = self.spans[expert]
         weighted = (output * self._weights[start:end]).to(torch.float32)
-        if end - start > _FEW_ROWS:
-            out.index_add_(0, self._rows[start:end], weighted)
+        if end - start > _FEW_ROWS or out.device.type != "cpu":
+            out.index_add_(0, self._placed_rows[start:end], weighted)
             return
         for row, one in zip(self._rows[start:end].tolist(), weighted, strict=True):
             out[row] += one
-
-    def _last_weight(self, expert: int) -> float:
-        return float(self._weights[self._spans[expert][1] - 1])
 
 
 def _activation(module: Any) -> Activation:

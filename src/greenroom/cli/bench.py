@@ -86,7 +86,8 @@ def _trial(engine: Any, prompt: Any, tokens: int) -> "dict[str, float]":
 
     import torch
 
-    model, before, start_s = engine.model, engine.metrics(), time.perf_counter()
+    model, prompt = engine.model, prompt.to(engine.model.device)
+    before, start_s = engine.metrics(), time.perf_counter()
     with torch.no_grad():
         out = model(prompt, use_cache=True, logits_to_keep=1)
         middle, middle_s = engine.metrics(), time.perf_counter()

@@ -32,6 +32,7 @@ class Answer:
     decode_s: float
     kernel: str
     decoder: str
+    placement: str
     slots_per_layer: float
     slots_nbytes: int
     lru_hit_rates: "list[float]"
@@ -57,6 +58,7 @@ class Answer:
             "hit_rate": self.decode.hit_rate,
             "prefetch_rate": (self.decode.prefetched + self.decode.late) / max(self.decode.requests, 1),
             "bytes_read_per_token": self.decode.bytes_read / steps if steps > 0 else 0.0,
+            "bytes_up_per_token": self.decode.bytes_up / steps if steps > 0 else 0.0,
             "prompt_bytes_read": self.prompt.bytes_read,
             "stall_s": self.decode.stall_s,
             "prompt_stall_s": self.prompt.stall_s,
@@ -65,6 +67,7 @@ class Answer:
             "peak_memory_bytes": memory["peak"],
             "kernel": self.kernel,
             "decoder": self.decoder,
+            "placement": self.placement,
             "slots_per_layer": self.slots_per_layer,
             "slots_nbytes": self.slots_nbytes,
             "lru_hit_rates": self.lru_hit_rates,
@@ -84,6 +87,7 @@ def answer(
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         torch.manual_seed(options.seed)
+    inputs = {name: value.to(engine.model.device) for name, value in inputs.items()}
     prompt_tokens = int(inputs["input_ids"].shape[1])
     if prompt_tokens > PREFILL_CHUNK:
         extra["prefill_chunk_size"] = PREFILL_CHUNK
@@ -103,6 +107,7 @@ def answer(
         decode_s=end_s - first_s,
         kernel=engine.kernel,
         decoder=str(engine.decode),
+        placement=engine.placement(),
         slots_per_layer=engine.plan.slots / len(engine.plan.experts),
         slots_nbytes=engine.plan.slots_nbytes,
         lru_hit_rates=engine.lru_hit_rates(),
@@ -150,6 +155,7 @@ def show_stats(report: "dict[str, Any]") -> None:
         f"of {report['decode_s']:.2f} s decoding: {report['stall_s']:.2f} s stalled on reads, "
         f"{report['expert_compute_s']:.2f} s in experts",
         *_outlook(report["what_if"]),
+        *_link(report),
         f"peak memory {format_bytes(report['peak_memory_bytes'])}",
         f"kernel: {report['kernel']}; tokens are decoded by: {report['decoder']}",
     ]
@@ -197,6 +203,13 @@ def _between(rates: "list[float]", slots: float) -> float:
     below = min(int(slots), len(rates) - 1)
     above = min(below + 1, len(rates) - 1)
     return rates[below] + (rates[above] - rates[below]) * (slots - below)
+
+
+def _link(report: "dict[str, Any]") -> "list[str]":
+    """What crossed the link to a device, and what did not."""
+    if not report["placement"]:
+        return []
+    return [f"{format_bytes(report['bytes_up_per_token'])} sent to the GPU per token; {report['placement']}"]
 
 
 def encode(tokenizer: Any, messages: "list[dict[str, str]]") -> "dict[str, Any]":

@@ -38,7 +38,8 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     """What a running model may use; the same everywhere."""
     group = parser.add_argument_group("memory and cache")
     group.add_argument("--ram", metavar="SIZE", help="what the process may hold, e.g. 8GiB (default: what is free)")
-    group.add_argument("--vram", metavar="SIZE", help="GPU memory to use (this version runs on the CPU)")
+    group.add_argument("--vram", metavar="SIZE", help="GPU memory to use, e.g. 12GiB (default: compute on the CPU)")
+    group.add_argument("--no-cpu-experts", action="store_true", help="with --vram: move every missed expert to the GPU")
     group.add_argument("--experts-per-layer", type=int, metavar="K", help="slots per layer, the paper's k, instead")
     group.add_argument(
         "--policy",
@@ -69,6 +70,7 @@ def settings_of(options: argparse.Namespace, context: int) -> "EngineSettings":
         vram=options.vram,
         experts_per_layer=options.experts_per_layer,
         policy=options.policy,
+        cpu_experts=not options.no_cpu_experts,
         prefetch=options.prefetch,
         lookahead=options.lookahead,
         context=context if options.context is None else options.context,

@@ -43,9 +43,10 @@ def execute(options: argparse.Namespace) -> int:
     free = available_memory()
     budget = planner.budget_of(settings, runtime, free)
     gains = History(manifest).gains()
+    element_size = 4 if settings.vram is None else 2
     try:
         plan = planner.make_plan(
-            manifest, config, settings, runtime=runtime, budget=budget, element_size=4, gains=gains
+            manifest, config, settings, runtime=runtime, budget=budget, element_size=element_size, gains=gains
         )
     except BudgetError as error:
         raise BudgetError(f"{options.model} cannot run: {error}") from None

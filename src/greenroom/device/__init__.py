@@ -1,0 +1,11 @@
+"""A device with memory of its own behind a link: what copies, orders and waits, and nothing of what is copied.
+
+`Device` is the boundary; `CudaDevice` drives a GPU through torch, `FakeDevice` is a device in this process's memory
+with clocks of its own, so that everything above can be tested where there is no GPU.
+"""
+
+from greenroom.device.cuda import CudaDevice, find_gpu
+from greenroom.device.fake import FakeDevice
+from greenroom.device.protocol import Device, Event
+
+__all__ = ["CudaDevice", "Device", "Event", "FakeDevice", "find_gpu"]

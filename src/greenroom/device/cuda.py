@@ -1,0 +1,125 @@
+"""A GPU through torch: a stream for each queue, events with times."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from greenroom.errors import ConfigError
+
+cuda: Any = torch.cuda  # its types are incomplete
+
+
+@dataclasses.dataclass(slots=True)
+class CudaEvent:
+    """A point in a stream; `start` is where its copy began, None for a mark."""
+
+    end: Any
+    start: Any = None
+
+
+def find_gpu() -> "CudaDevice":
+    """The current GPU. Raises ConfigError, saying what would help, where there is none."""
+    if torch.version.cuda is None:
+        raise ConfigError(
+            f"--vram needs a torch that is built for CUDA, and {torch.__version__} is not: "
+            "install one as pytorch.org/get-started says, or give --ram alone"
+        )
+    if not cuda.is_available():
+        raise ConfigError("--vram needs an NVIDIA GPU and torch sees none: look at nvidia-smi, or give --ram alone")
+    return CudaDevice(cuda.current_device())
+
+
+class CudaDevice:
+    """One GPU. Computing runs on torch's current stream."""
+
+    def __init__(self, index: int) -> None:
+        self.place = torch.device("cuda", index)
+        modern = cuda.get_device_capability(self.place) >= (8, 0)
+        self.dtype = torch.bfloat16 if modern else torch.float16
+        self._uploads, self._downloads = cuda.Stream(self.place), cuda.Stream(self.place)
+        self._pinned: dict[int, torch.Tensor] = {}
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Raises torch.OutOfMemoryError."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.place)
+
+    def pin(self, memory: torch.Tensor) -> None:
+        """Register the pages with the driver; they stay registered as long as this object lives."""
+        if memory.data_ptr() in self._pinned:
+            return
+        runtime = cuda.cudart()
+        cuda.check_error(int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)))
+        self._pinned[memory.data_ptr()] = memory
+
+    def close(self) -> None:
+        """Wait for all copies and release pinned pages."""
+        cuda.synchronize(self.place)
+        runtime = cuda.cudart()
+        while self._pinned:
+            runtime.cudaHostUnregister(self._pinned.popitem()[0])
+
+    def upload(self, target: torch.Tensor, source: torch.Tensor, after: "Sequence[CudaEvent]") -> CudaEvent:
+        """On the stream for uploads."""
+        return self._copy(self._uploads, target, source, after)
+
+    def download(self, target: torch.Tensor, source: torch.Tensor, after: "Sequence[CudaEvent]") -> CudaEvent:
+        """On the stream for downloads: links carry both ways at once."""
+        return self._copy(self._downloads, target, source, after)
+
+    def _copy(self, stream: Any, target: torch.Tensor, source: torch.Tensor, after: "Sequence[CudaEvent]") -> CudaEvent:
+        for event in after:
+            stream.wait_event(event.end)
+        done = CudaEvent(cuda.Event(enable_timing=True), cuda.Event(enable_timing=True))
+        assert done.start is not None
+        with cuda.stream(stream):
+            done.start.record(stream)
+            target.copy_(source, non_blocking=True)
+            done.end.record(stream)
+        return done
+
+    def mark(self) -> CudaEvent:
+        """On the current stream."""
+        event = CudaEvent(cuda.Event())
+        event.end.record(cuda.current_stream(self.place))
+        return event
+
+    def wait(self, event: CudaEvent) -> None:
+        """The current stream waits; the host does not."""
+        cuda.current_stream(self.place).wait_event(event.end)
+
+    def reached(self, event: CudaEvent) -> bool:
+        """Ask without waiting."""
+        return bool(event.end.query())
+
+    def synchronise(self, event: CudaEvent) -> None:
+        """The host waits."""
+        event.end.synchronize()
+
+    def seconds(self, event: CudaEvent) -> float:
+        """By the stream's own clock."""
+        assert event.start is not None
+        return float(event.start.elapsed_time(event.end)) / 1000
+
+    def fetch(self, *tensors: torch.Tensor) -> "list[torch.Tensor]":
+        """All on their way before the host waits."""
+        found = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in tensors]
+        for target, source in zip(found, tensors, strict=True):
+            target.copy_(source, non_blocking=True)
+        cuda.current_stream(self.place).synchronize()
+        return found
+
+    def memory(self) -> "tuple[int, int]":
+        """As the driver counts, other processes included."""
+        free, total = cuda.mem_get_info(self.place)
+        return int(free), int(total)
+
+    def clock(self) -> float:
+        """The host's."""
+        return time.perf_counter()
+
+    def title(self) -> str:
+        """As the driver calls it."""
+        return str(cuda.get_device_name(self.place))

@@ -1,0 +1,131 @@
+"""A device in this process's memory: its clocks are simulated, and its copies move bytes as late as they may.
+
+So a missing wait shows as wrong bytes, and times follow from the rates that a test sets, not from the machine.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+
+@dataclasses.dataclass(slots=True)
+class FakeEvent:
+    """When a queue gets there, in simulated seconds, and the copy (target, source) that ends there."""
+
+    end_s: float
+    start_s: float = 0.0
+    queue: "deque[FakeEvent] | None" = None
+    copy: "tuple[torch.Tensor, torch.Tensor] | None" = None
+    after: "Sequence[FakeEvent]" = ()
+    """what comes first: no byte moves before these have moved theirs"""
+
+    def settle(self) -> None:
+        """Move the bytes of all copies of the queue up to this one."""
+        while self.copy is not None and self.queue is not None:
+            first = self.queue.popleft()
+            for event in first.after:
+                event.settle()
+            assert first.copy is not None
+            (target, source), first.copy, first.after = first.copy, None, ()
+            target.copy_(source)
+
+
+class FakeDevice:
+    """`nbytes` of memory behind a link of `link_bytes_per_s` each way.
+
+    `spend(seconds)` is a kernel's time on the queue that computes, `work(seconds)` the host's. Computing itself runs
+    when it is launched.
+    """
+
+    def __init__(self, nbytes: int = 1 << 30, link_bytes_per_s: float = 1e9) -> None:
+        self.place, self.dtype = torch.device("cpu"), torch.float32
+        self.nbytes, self.link_bytes_per_s = nbytes, link_bytes_per_s
+        self.host_s, self.compute_s = 0.0, 0.0
+        self._queues: dict[str, deque[FakeEvent]] = {"up": deque(), "down": deque()}
+        self._free_at = {"up": 0.0, "down": 0.0}
+        self.uploaded, self.downloaded = 0, 0
+        """bytes"""
+        self.compute_busy_s, self.link_busy_s = 0.0, 0.0
+
+    def spend(self, seconds: float) -> None:
+        """A kernel that takes so long is launched."""
+        self.compute_s = max(self.compute_s, self.host_s) + seconds
+        self.compute_busy_s += seconds
+
+    def work(self, seconds: float) -> None:
+        """The host is busy for so long."""
+        self.host_s += seconds
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Raises torch.OutOfMemoryError where it has less."""
+        if nbytes > self.nbytes:
+            raise torch.OutOfMemoryError(f"the fake device has {self.nbytes} bytes, not {nbytes}")
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    def pin(self, memory: torch.Tensor) -> None:
+        """All of this memory is alike."""
+
+    def upload(self, target: torch.Tensor, source: torch.Tensor, after: "Sequence[FakeEvent]") -> FakeEvent:
+        """Takes its bytes' time on the link, and moves them when somebody waits for it."""
+        self.uploaded += source.numel()
+        self.link_busy_s += source.numel() / self.link_bytes_per_s
+        return self._copy("up", target, source, after)
+
+    def download(self, target: torch.Tensor, source: torch.Tensor, after: "Sequence[FakeEvent]") -> FakeEvent:
+        """The same, the other way."""
+        self.downloaded += source.numel()
+        return self._copy("down", target, source, after)
+
+    def _copy(self, way: str, target: torch.Tensor, source: torch.Tensor, after: "Sequence[FakeEvent]") -> FakeEvent:
+        start_s = max([self.host_s, self._free_at[way], *(event.end_s for event in after)])
+        self._free_at[way] = start_s + source.numel() / self.link_bytes_per_s
+        queue = self._queues[way]
+        queue.append(FakeEvent(self._free_at[way], start_s, queue, (target, source), after))
+        return queue[-1]
+
+    def mark(self) -> FakeEvent:
+        """When everything launched so far is computed."""
+        return FakeEvent(self.compute_s)
+
+    def wait(self, event: FakeEvent) -> None:
+        """Computing goes on when the event has come."""
+        self.compute_s = max(self.compute_s, event.end_s)
+        event.settle()
+
+    def reached(self, event: FakeEvent) -> bool:
+        """By the host's clock."""
+        if self.host_s < event.end_s:
+            return False
+        event.settle()
+        return True
+
+    def synchronise(self, event: FakeEvent) -> None:
+        """The host's clock goes on to the event."""
+        self.host_s = max(self.host_s, event.end_s)
+        event.settle()
+
+    def seconds(self, event: FakeEvent) -> float:
+        """Simulated."""
+        return event.end_s - event.start_s
+
+    def fetch(self, *tensors: torch.Tensor) -> "list[torch.Tensor]":
+        """The host waits for what is being computed."""
+        self.host_s = max(self.host_s, self.compute_s)
+        return [tensor.clone() for tensor in tensors]
+
+    def memory(self) -> "tuple[int, int]":
+        """All of it is free."""
+        return self.nbytes, self.nbytes
+
+    def clock(self) -> float:
+        """The host's."""
+        return self.host_s
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def title(self) -> str:
+        """For people."""
+        return "a fake device"

@@ -1,0 +1,80 @@
+"""The boundary to a device: three queues (computing, uploads, downloads) that run beside the host and each other.
+
+Work within a queue runs in order. Between queues, and between a queue and the host, only events order anything: bytes
+that are copied must not be read, nor their source written, before the copy's event; and a copy must not start before
+the events that it is told to come after.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+Event = Any
+"""A point in a queue; each device has its own kind."""
+
+
+class Device(Protocol):
+    """Memory, queues and events of one device. Not for several threads at once."""
+
+    place: torch.device
+    """where torch finds its tensors"""
+    dtype: torch.dtype
+    """of activations, unless another is asked for"""
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Device memory, uint8 [nbytes]. Raises torch.OutOfMemoryError."""
+        ...
+
+    def pin(self, memory: torch.Tensor) -> None:
+        """Fix host memory in place, so that copies run beside the host; pinned memory is left alone. Fill it first:
+        pinning touches every page."""
+        ...
+
+    def upload(self, target: torch.Tensor, source: torch.Tensor, after: "Sequence[Event]") -> Event:
+        """Copy host bytes to the device, after `after`; the event comes when it is done."""
+        ...
+
+    def download(self, target: torch.Tensor, source: torch.Tensor, after: "Sequence[Event]") -> Event:
+        """Copy device bytes to the host, after `after`; the event comes when it is done."""
+        ...
+
+    def mark(self) -> Event:
+        """An event after all computing launched so far."""
+        ...
+
+    def wait(self, event: Event) -> None:
+        """Let computing launched from now on come after `event`; the host goes on."""
+        ...
+
+    def reached(self, event: Event) -> bool:
+        """Whether the event has come."""
+        ...
+
+    def synchronise(self, event: Event) -> None:
+        """Let the host wait for the event."""
+        ...
+
+    def seconds(self, event: Event) -> float:
+        """How long the copy before a reached event took."""
+        ...
+
+    def fetch(self, *tensors: torch.Tensor) -> "list[torch.Tensor]":
+        """The values of device tensors on the host: waits for what computes them, once for all of them."""
+        ...
+
+    def memory(self) -> "tuple[int, int]":
+        """(bytes free, bytes in all)."""
+        ...
+
+    def clock(self) -> float:
+        """Seconds of a clock that also rules the host."""
+        ...
+
+    def close(self) -> None:
+        """Wait for all copies and unpin memory."""
+        ...
+
+    def title(self) -> str:
+        """The device, for people."""
+        ...

@@ -1,0 +1,221 @@
+"""Serve one layer's experts from a device's slots.
+
+Differs from `runner` in what the host waits for: the routing, once a call, and records from disk. Copies and kernels
+are queued on the device, which orders them by itself. Each (token, expert) pair has a row of outputs of its own, and
+rows are summed in the router's order when all are there: the order in which experts come never shows, nor which of them
+were moved in time.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from greenroom.device import Device
+from greenroom.kernels import Activation, ExpertsKernel, ExpertTask
+from greenroom.metrics import Stopwatch
+from greenroom.packed import ExpertsEntry, RecordTensor
+from greenroom.placement import Placement
+from greenroom.runner import Call, ExpertRunner
+from greenroom.tiers import DeviceArena, TierTransfer
+
+MOST_TOKENS = 16
+"""Up to this many tokens, and outside a prompt, a call's pairs are computed together."""
+
+
+class SlotsKernel(Protocol):
+    """Computes experts over an arena of slots on the device: see `kernels.slots`, the definition."""
+
+    def pairs(
+        self,
+        x: torch.Tensor,
+        arena: torch.Tensor,
+        slots: torch.Tensor,
+        layout: "Sequence[RecordTensor]",
+        activation: Activation,
+        out: torch.Tensor,
+    ) -> None:
+        """Each pair's expert applied to its token, where its slot is not −1."""
+        ...
+
+    def prompt(
+        self,
+        x: torch.Tensor,
+        arena: torch.Tensor,
+        spans: "Sequence[tuple[int, int, int]]",
+        rows: torch.Tensor,
+        layout: "Sequence[RecordTensor]",
+        activation: Activation,
+        out: torch.Tensor,
+    ) -> None:
+        """The same for many tokens, of the experts in `spans`."""
+        ...
+
+    def combine(self, out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of pairs."""
+        ...
+
+
+class DeviceCall(Call):
+    """A call whose x and weights lie on the device; its routing has been fetched."""
+
+    def __init__(
+        self, entry: ExpertsEntry, x: torch.Tensor, weights: torch.Tensor, fetched: "list[torch.Tensor]"
+    ) -> None:
+        index, host_weights, *host_x = fetched
+        super().__init__(entry, x, index, host_weights)
+        self.device_weights, self.index = weights, index.tolist()
+        self.host_x = host_x[0].to(torch.float32) if host_x else None
+        """x on the host, where it may be computed there"""
+
+    def span(self, expert: int) -> "tuple[int, int]":
+        """(start, count) of the expert's pairs among those sorted by expert."""
+        start, end = self.spans[expert]
+        return start, end - start
+
+    def slots(self, buffers: "dict[int, int]") -> torch.Tensor:
+        """int32 [T, k] on the device: each pair's buffer, −1 for experts that are not in `buffers`."""
+        found = [[buffers.get(expert, -1) for expert in row] for row in self.index]
+        return torch.tensor(found, dtype=torch.int32).to(self.x.device, non_blocking=True)
+
+    def rows_by_expert(self) -> torch.Tensor:
+        """int32 [P] on the device: each pair's token, pairs sorted by expert."""
+        return self._placed_rows.to(torch.int32)
+
+    def places(self, by_expert: bool) -> torch.Tensor:
+        """int32 [T, k] on the device: where each pair's output is, `by_expert` or in the order of tokens; −1 for
+        sentinels."""
+        found = torch.full((len(self.order),), -1, dtype=torch.int32)
+        for start, end in self.spans.values():
+            pairs = self.order[start:end]
+            found[pairs] = torch.arange(start, end, dtype=torch.int32) if by_expert else pairs.to(torch.int32)
+        return found.view(self.device_weights.shape).to(self.x.device, non_blocking=True)
+
+
+class DeviceRunner(ExpertRunner):
+    """An `ExpertRunner` whose arena and transfer are a device's; hidden states come and go on the device.
+
+    `cpu_kernel` computes the experts that `placement` leaves in RAM: one token's, in float32.
+    """
+
+    _arena: DeviceArena  # type: ignore[assignment]
+    _transfer: TierTransfer  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        *,
+        device: Device,
+        slots_kernel: SlotsKernel,
+        cpu_kernel: ExpertsKernel,
+        placement: Placement,
+        **others: Any,
+    ) -> None:
+        super().__init__(kernel=cpu_kernel, **others)
+        self._device, self._slots_kernel, self.placement = device, slots_kernel, placement
+        self._choose = False  # whether the CPU may compute some of the call
+        self._here: list[int] = []  # experts that it computes
+
+    def _call(self, layer: int, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Call:
+        self._choose = self.placement.enabled and len(x) == 1
+        fetched = self._device.fetch(top_k_index, top_k_weights, *([x] if self._choose else []))
+        return DeviceCall(self._entries[layer], x, top_k_weights, fetched)
+
+    def _ask(self, layer: int, experts: "list[int]", valued: "list[int]") -> None:
+        access = self._cache.request(layer, experts, valued)
+        missing = {expert for _, expert in access.misses}
+        self._here = self._leave_in_ram(layer, [e for e in valued if e in missing]) if self._choose else []
+        self._start_loads()
+
+    def _leave_in_ram(self, layer: int, missing: "list[int]") -> "list[int]":
+        """The experts of `missing`, least valuable first, that the CPU computes; they are not loaded, but for one where
+        the link has nothing else to do."""
+        nbytes = self._entries[layer].record_nbytes
+        for rate in self._transfer.link.new_rates():
+            self.placement.moving_took(rate * nbytes)
+        there = [expert for expert in missing if self._transfer.in_ram((layer, expert))]
+        if not there:
+            return []
+        queued_s = self._transfer.link.queued_s
+        chosen = there[: self.placement.split(len(missing), len(there), queued_s)]
+        fill = chosen[-1:] if len(chosen) == len(missing) and not queued_s else []
+        for expert in chosen:
+            self._transfer.borrow((layer, expert))
+            if expert in fill:
+                for load in self._cache.later(layer, expert):
+                    self._transfer.start(load)
+            else:
+                self._cache.elsewhere(layer, expert)
+        return chosen
+
+    def _serve(self, layer: int, call: Call, activation: Activation, prompt: bool) -> torch.Tensor:
+        assert isinstance(call, DeviceCall)
+        few = not prompt and len(call.x) <= MOST_TOKENS
+        out = torch.empty(
+            (len(call.order), self._entries[layer].tensors[1].rows), dtype=torch.float32, device=call.x.device
+        )
+        self._compute_here(layer, call, activation, out)
+        rows = call.rows_by_expert()
+        waiting = [expert for expert in call.experts if expert not in self._here]
+        while waiting:
+            buffers = self._next(layer, waiting, together=few)
+            if not buffers:
+                self._collect(wait=True)
+                continue
+            self._launch(layer, call, activation, buffers, None if few else rows, out)
+            waiting = [expert for expert in waiting if expert not in buffers]
+            for expert in buffers:
+                self._cache.release(layer, expert)
+            self._start_loads()
+            self._collect(wait=False)
+        self._transfer.retire(self._cache.free)
+        return self._slots_kernel.combine(out, call.places(by_expert=not few), call.device_weights).to(call.x.dtype)
+
+    def _next(self, layer: int, waiting: "list[int]", together: bool) -> "dict[int, int]":
+        """Expert → buffer of what to compute now; nothing, to wait for more.
+
+        `together`: all at once, or in parts where they do not fit at once. Else what has crossed the link, or the first
+        that will: the link carries the next while it is computed.
+        """
+        found = {expert: self._cache.ready(layer, expert) for expert in waiting}
+        ready = {expert: buffer for expert, buffer in found.items() if buffer is not None}
+        if together:
+            return ready if len(ready) == len(waiting) or not self._transfer.under_way else {}
+        chosen = self._arena.first(list(ready.values()))
+        return {expert: buffer for expert, buffer in ready.items() if buffer in chosen}
+
+    def _launch(
+        self,
+        layer: int,
+        call: DeviceCall,
+        activation: Activation,
+        buffers: "dict[int, int]",
+        rows: "torch.Tensor | None",
+        out: torch.Tensor,
+    ) -> None:
+        """Compute the experts in `buffers` into their pairs' rows of `out`: by tokens, or with `rows` by experts."""
+        memory, layout = self._arena.memory, self._entries[layer].tensors
+        self._arena.wait(buffers.values())
+        with Stopwatch(self.metrics, "compute_s"):
+            if rows is None:
+                by_token = out.view(*call.device_weights.shape, -1)
+                self._slots_kernel.pairs(call.x, memory, call.slots(buffers), layout, activation, by_token)
+            else:
+                spans = [(buffer, *call.span(expert)) for expert, buffer in buffers.items()]
+                self._slots_kernel.prompt(call.x, memory, spans, rows, layout, activation, out)
+
+    def _compute_here(self, layer: int, call: DeviceCall, activation: Activation, out: torch.Tensor) -> None:
+        """Compute on the CPU what was left in RAM, while the link carries the rest."""
+        if not self._here:
+            return
+        assert call.host_x is not None
+        start_s, row = self._device.clock(), torch.zeros(1, dtype=torch.int64)
+        tasks = [ExpertTask(self._transfer.borrow((layer, expert)), row) for expert in self._here]
+        outputs = self._kernel(call.host_x, tasks, self._entries[layer].tensors, activation)
+        for expert, output in zip(self._here, outputs, strict=True):
+            out[call.index[0].index(expert)] = output[0].to(out.device, non_blocking=True)
+        self._transfer.give_back()
+        self.placement.computing_took((self._device.clock() - start_s) / len(self._here))
+
+    def _count(self) -> None:
+        super()._count()
+        self.metrics.bytes_up = self._transfer.link.bytes_up
