@@ -1,6 +1,7 @@
 """Shared by all tests: a tiny Mixtral on disk and packed, one thread, and a quiet transformers."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run tiny matrices, and beside each other: threads would wait for threads
@@ -11,8 +12,12 @@ import torch
 import transformers
 
 from families import FAMILIES
+from greenroom.config import EngineSettings
+from greenroom.device import FakeDevice
+from greenroom.engine import Engine
 from greenroom.packed import PackedModel
 from greenroom.packing import pack
+from on_device import VRAM, Engines
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -50,3 +55,24 @@ def packed_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GREENROOM_CACHE", str(folder))
         return library.find("demo")
+
+
+@pytest.fixture
+def device_engines(packed4: PackedModel, monkeypatch: pytest.MonkeyPatch) -> "Iterator[Engines]":
+    """Makes engines whose slots are on a fake device, with a number of slots in RAM."""
+    monkeypatch.setattr("greenroom.engine.process_memory", lambda: {"anonymous": 0})
+    made = Engines(packed4)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def device_logits(packed4: PackedModel) -> "list[torch.Tensor]":
+    """`test_engine.logits_of` with everything on the device."""
+    from test_engine import EXPERTS, logits_of
+
+    settings = EngineSettings(experts_per_layer=EXPERTS, vram=VRAM, cpu_experts=False)
+    engine = Engine(packed4, settings, device=FakeDevice())
+    found = logits_of(engine.model)
+    engine.close()
+    return found

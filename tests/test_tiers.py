@@ -2,7 +2,6 @@
 copied."""
 
 import random
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,112 +9,28 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import greenroom.engine
 from greenroom.cache import VictimCache
 from greenroom.config import EngineSettings
 from greenroom.device import FakeDevice
 from greenroom.engine import Engine
 from greenroom.errors import PackedModelError
-from greenroom.kernels import Activation, slots
-from greenroom.packed import PackedModel, RecordTensor
-from greenroom.planner import _KERNEL_NBYTES
+from greenroom.packed import PackedModel
 from greenroom.store import DiskStore
 from greenroom.tiers import DeviceArena, Link
+from on_device import Engines, Timed
 from test_engine import EXPERTS, LAYERS, Noted, Tampered, interrupted_once, logits_of, same
-
-VRAM = 1 << 30
-
-
-class Timed:
-    """The reference kernels, each taking the time of its bytes on a device's queue; knows until when buffers are
-    read."""
-
-    def __init__(self, device: FakeDevice, seconds_per_expert: float = 1e-3) -> None:
-        self.device, self.seconds_per_expert = device, seconds_per_expert
-        self.read_until: dict[int, float] = {}
-
-    def _spend(self, buffers: "Sequence[int]") -> None:
-        self.device.spend(len(buffers) * self.seconds_per_expert)
-        self.read_until |= dict.fromkeys(buffers, self.device.compute_s)
-
-    def pairs(
-        self,
-        x: torch.Tensor,
-        arena: torch.Tensor,
-        places: torch.Tensor,
-        layout: "Sequence[RecordTensor]",
-        activation: Activation,
-        out: torch.Tensor,
-    ) -> None:
-        slots.pairs(x, arena, places, layout, activation, out)
-        self._spend([int(slot) for slot in places.unique() if slot >= 0])
-
-    def prompt(
-        self,
-        x: torch.Tensor,
-        arena: torch.Tensor,
-        spans: "Sequence[tuple[int, int, int]]",
-        rows: torch.Tensor,
-        layout: "Sequence[RecordTensor]",
-        activation: Activation,
-        out: torch.Tensor,
-    ) -> None:
-        slots.prompt(x, arena, spans, rows, layout, activation, out)
-        self._spend([slot for slot, _, _ in spans])
-
-    def combine(self, out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return slots.combine(out, places, weights)
-
-
-class Engines:
-    """Makes engines on fake devices with every check on, and closes them."""
-
-    def __init__(self, packed: PackedModel) -> None:
-        self._packed, self._made = packed, list[Engine]()
-        self.record = max(entry.record_nbytes for entry in packed.manifest.experts)
-
-    def __call__(self, ram_slots: int = EXPERTS * LAYERS, **options: Any) -> Engine:
-        made = {name: options.pop(name) for name in ("store", "shuffle", "device", "slots_kernel") if name in options}
-        made.setdefault("device", FakeDevice())
-        given = {"experts_per_layer": 2, "validate": True, "vram": VRAM, "cpu_experts": False, "staging": 4, **options}
-        ram = _KERNEL_NBYTES + (given["staging"] + ram_slots) * self.record
-        self._made.append(Engine(self._packed, EngineSettings(ram=ram, **given), **made))
-        assert self._made[-1].plan.ram is not None and self._made[-1].plan.ram.slots == min(ram_slots, EXPERTS * LAYERS)
-        return self._made[-1]
-
-    def close(self) -> None:
-        while self._made:
-            self._made.pop().close()
-
-
-@pytest.fixture
-def engines(packed4: PackedModel, monkeypatch: pytest.MonkeyPatch) -> "Iterator[Engines]":
-    monkeypatch.setattr(greenroom.engine, "process_memory", lambda: {"anonymous": 0})
-    made = Engines(packed4)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def expected(packed4: PackedModel) -> "list[torch.Tensor]":
-    """With everything on the device."""
-    engine = Engine(
-        packed4, EngineSettings(experts_per_layer=EXPERTS, vram=VRAM, cpu_experts=False), device=FakeDevice()
-    )
-    found = logits_of(engine.model)
-    engine.close()
-    return found
-
 
 # --- the same logits, whatever lies where
 
 
 @pytest.mark.parametrize("ram_slots", [0, 3, EXPERTS * LAYERS])
 @pytest.mark.parametrize("device_slots", [0, 2, EXPERTS])
-def test_tiers_do_not_show(expected: "list[torch.Tensor]", engines: Engines, ram_slots: int, device_slots: int) -> None:
-    engine = engines(ram_slots, experts_per_layer=device_slots)
+def test_tiers_do_not_show(
+    device_logits: "list[torch.Tensor]", device_engines: Engines, ram_slots: int, device_slots: int
+) -> None:
+    engine = device_engines(ram_slots, experts_per_layer=device_slots)
     for _ in range(2):
-        assert same(logits_of(engine.model), expected)
+        assert same(logits_of(engine.model), device_logits)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -132,8 +47,8 @@ def test_tiers_do_not_show(expected: "list[torch.Tensor]", engines: Engines, ram
 )
 def test_nothing_about_arrival_shows(
     packed4: PackedModel,
-    expected: "list[torch.Tensor]",
-    engines: Engines,
+    device_logits: "list[torch.Tensor]",
+    device_engines: Engines,
     seed: int,
     ram_slots: int,
     slots: int,
@@ -141,21 +56,21 @@ def test_nothing_about_arrival_shows(
     **options: Any,
 ) -> None:
     made = {"store": Noted(packed4, seed), "shuffle": random.Random(seed), "device": FakeDevice(link_bytes_per_s=link)}
-    engine = engines(ram_slots, experts_per_layer=slots, **made, **options)
+    engine = device_engines(ram_slots, experts_per_layer=slots, **made, **options)
     try:
         for _ in range(2):
-            assert same(logits_of(engine.model), expected)
+            assert same(logits_of(engine.model), device_logits)
     finally:
-        engines.close()
+        device_engines.close()
 
 
-def test_the_tokens_are_those_of_the_cpu(packed4: PackedModel, engines: Engines) -> None:
+def test_the_tokens_are_those_of_the_cpu(packed4: PackedModel, device_engines: Engines) -> None:
     cpu = Engine(packed4, EngineSettings(experts_per_layer=2))
     prompt = torch.arange(4, 30)[None]
     wanted = cpu.model.generate(prompt, max_new_tokens=24, do_sample=False)
     cpu.close()
     for options in ({}, {"cpu_experts": True}, {"prefetch": 2}):
-        found = engines(4, **options).model.generate(prompt, max_new_tokens=24, do_sample=False)
+        found = device_engines(4, **options).model.generate(prompt, max_new_tokens=24, do_sample=False)
         assert torch.equal(found, wanted)
 
 
@@ -163,9 +78,11 @@ def test_the_tokens_are_those_of_the_cpu(packed4: PackedModel, engines: Engines)
 
 
 @pytest.mark.parametrize("how", ["swapped", "dropped", "one bit", "sound"])
-def test_a_wrong_expert_shows(packed4: PackedModel, expected: "list[torch.Tensor]", engines: Engines, how: str) -> None:
-    found = logits_of(engines(3, store=Tampered(packed4, how)).model)
-    assert torch.equal(found[0], expected[0]) == (how == "sound")
+def test_a_wrong_expert_shows(
+    packed4: PackedModel, device_logits: "list[torch.Tensor]", device_engines: Engines, how: str
+) -> None:
+    found = logits_of(device_engines(3, store=Tampered(packed4, how)).model)
+    assert torch.equal(found[0], device_logits[0]) == (how == "sound")
 
 
 class Hasty(FakeDevice):
@@ -175,20 +92,20 @@ class Hasty(FakeDevice):
         pass
 
 
-def test_a_missing_wait_shows(expected: "list[torch.Tensor]", engines: Engines) -> None:
-    assert not same(logits_of(engines(device=Hasty()).model), expected)
+def test_a_missing_wait_shows(device_logits: "list[torch.Tensor]", device_engines: Engines) -> None:
+    assert not same(logits_of(device_engines(device=Hasty()).model), device_logits)
 
 
 def test_an_upload_that_overtakes_a_save_shows(
-    expected: "list[torch.Tensor]", engines: Engines, monkeypatch: pytest.MonkeyPatch
+    device_logits: "list[torch.Tensor]", device_engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What leaves the device is saved before its buffer is filled again."""
     real = Link.upload
     monkeypatch.setattr(
         Link, "upload", lambda link, target, source, after, buffer: real(link, target, source, [], buffer)
     )
-    engine = engines(EXPERTS * LAYERS - 6, experts_per_layer=2, staging=1)
-    assert not all(same(logits_of(engine.model), expected) for _ in range(4))
+    engine = device_engines(EXPERTS * LAYERS - 6, experts_per_layer=2, staging=1)
+    assert not all(same(logits_of(engine.model), device_logits) for _ in range(4))
 
 
 class Watchful(FakeDevice):
@@ -208,9 +125,9 @@ class Watchful(FakeDevice):
 
 
 @pytest.mark.parametrize("sound", [True, False])
-def test_no_upload_overtakes_a_kernel(engines: Engines, monkeypatch: pytest.MonkeyPatch, sound: bool) -> None:
+def test_no_upload_overtakes_a_kernel(device_engines: Engines, monkeypatch: pytest.MonkeyPatch, sound: bool) -> None:
     device = Watchful()
-    engine = engines(device=device, slots_kernel=device.kernel, experts_per_layer=0, staging=2)
+    engine = device_engines(device=device, slots_kernel=device.kernel, experts_per_layer=0, staging=2)
     device.arena = engine.runner._arena
     if not sound:
         monkeypatch.setattr(device, "mark", lambda: FakeDevice().mark())
@@ -221,22 +138,24 @@ def test_no_upload_overtakes_a_kernel(engines: Engines, monkeypatch: pytest.Monk
 # --- what is copied, and when
 
 
-def test_a_record_is_read_from_disk_once_where_all_fit(packed4: PackedModel, engines: Engines) -> None:
+def test_a_record_is_read_from_disk_once_where_all_fit(packed4: PackedModel, device_engines: Engines) -> None:
     store = Noted(packed4)
-    engine = engines(store=store, experts_per_layer=1)
+    engine = device_engines(store=store, experts_per_layer=1)
     for _ in range(3):
         logits_of(engine.model)
     assert sorted(store.reads) == [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
     metrics = engine.metrics()
-    assert metrics.bytes_read == EXPERTS * LAYERS * engines.record < metrics.bytes_up
+    assert metrics.bytes_read == EXPERTS * LAYERS * device_engines.record < metrics.bytes_up
 
 
-def test_ram_and_device_hold_different_experts_where_ram_is_short(packed4: PackedModel, engines: Engines) -> None:
+def test_ram_and_device_hold_different_experts_where_ram_is_short(
+    packed4: PackedModel, device_engines: Engines
+) -> None:
     """Neither tier holds the model; together they do, and nothing is read from disk twice."""
     store, device = Noted(packed4), FakeDevice()
     slots = 3
     ram_slots = (EXPERTS - slots) * LAYERS
-    engine = engines(ram_slots, store=store, device=device, experts_per_layer=slots, staging=4, policy="lru")
+    engine = device_engines(ram_slots, store=store, device=device, experts_per_layer=slots, staging=4, policy="lru")
     for _ in range(4):
         logits_of(engine.model)
     assert sorted(set(store.reads)) == [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
@@ -244,21 +163,21 @@ def test_ram_and_device_hold_different_experts_where_ram_is_short(packed4: Packe
     assert device.downloaded > 0
 
 
-def test_without_ram_every_miss_is_read_from_disk(packed4: PackedModel, engines: Engines) -> None:
+def test_without_ram_every_miss_is_read_from_disk(packed4: PackedModel, device_engines: Engines) -> None:
     store = Noted(packed4)
-    engine = engines(0, store=store, experts_per_layer=1)
+    engine = device_engines(0, store=store, experts_per_layer=1)
     logits_of(engine.model)
     metrics = engine.metrics()
-    assert metrics.bytes_read == metrics.bytes_up == len(store.reads) * engines.record
+    assert metrics.bytes_read == metrics.bytes_up == len(store.reads) * device_engines.record
 
 
-def test_a_prompt_streams(engines: Engines) -> None:
+def test_a_prompt_streams(device_engines: Engines) -> None:
     """Each expert crosses the link once a chunk, and the slower of link and kernels sets the time."""
-    record = engines.record
+    record = device_engines.record
     for seconds_per_expert in (1e-4, 1e-3, 1e-2):
         device = FakeDevice(link_bytes_per_s=record / 1e-3)
         kernel = Timed(device, seconds_per_expert)
-        engine = engines(device=device, slots_kernel=kernel, experts_per_layer=0, staging=3)
+        engine = device_engines(device=device, slots_kernel=kernel, experts_per_layer=0, staging=3)
         with torch.no_grad():
             prompt = torch.arange(512)[None] % 96 + 4
             engine.model(prompt)
@@ -286,16 +205,16 @@ class Broken(DiskStore):
 
 @pytest.mark.parametrize("ram_slots", [0, 5, EXPERTS * LAYERS])
 def test_a_read_error_leaves_a_usable_engine(
-    packed4: PackedModel, expected: "list[torch.Tensor]", engines: Engines, ram_slots: int
+    packed4: PackedModel, device_logits: "list[torch.Tensor]", device_engines: Engines, ram_slots: int
 ) -> None:
     store = Broken(packed4)
-    engine = engines(ram_slots, store=store, prefetch=2)
+    engine = device_engines(ram_slots, store=store, prefetch=2)
     for _ in range(3):
         with pytest.raises(PackedModelError):
             logits_of(engine.model)
     store.broken = False
     for _ in range(2):
-        assert same(logits_of(engine.model), expected)
+        assert same(logits_of(engine.model), device_logits)
 
 
 @pytest.mark.parametrize("ram_slots", [0, 5, EXPERTS * LAYERS])
@@ -303,13 +222,13 @@ def test_a_read_error_leaves_a_usable_engine(
     "where", ["_transfer.start", "_cache.loaded", "_transfer._send", "_transfer._disk.start", "_arena.wait"]
 )
 def test_an_interrupt_anywhere_leaves_a_usable_engine(
-    expected: "list[torch.Tensor]",
-    engines: Engines,
+    device_logits: "list[torch.Tensor]",
+    device_engines: Engines,
     monkeypatch: pytest.MonkeyPatch,
     where: str,
     ram_slots: int,
 ) -> None:
-    engine = engines(ram_slots, experts_per_layer=0, staging=2)
+    engine = device_engines(ram_slots, experts_per_layer=0, staging=2)
     *path, name = where.split(".")
     victim: Any = engine.runner
     for part in path:
@@ -322,7 +241,7 @@ def test_an_interrupt_anywhere_leaves_a_usable_engine(
             except KeyboardInterrupt:
                 continue
             assert ram_slots and where == "_transfer._disk.start", "nothing was interrupted"  # all of it is in RAM
-    assert same(logits_of(engine.model), expected)
+    assert same(logits_of(engine.model), device_logits)
 
 
 # --- the victim cache

@@ -42,16 +42,18 @@ class _Way:
     seconds: float | None = None
     idle: int = 0
     retry: int = RETRY
+    stale: bool = False
 
     def time(self, seconds: float) -> None:
         """It took so long."""
         known = self.seconds
-        # a time far off says that something has changed: believe it at once
-        if known is None or not known / 2 < seconds < known * 2:
-            self.seconds, self.retry = seconds, RETRY
-        else:
-            self.seconds = known + (seconds - known) * _WEIGHT
-        self.idle = 0
+        changed = known is None or not known / 2 < seconds < known * 2
+        if changed:
+            self.retry = RETRY
+        # a time far off says that something has changed, one after a while that what is known is old: believe it
+        trusted = 1.0 if changed or self.stale else _WEIGHT
+        self.seconds = seconds if known is None else known + (seconds - known) * trusted
+        self.idle, self.stale = 0, False
 
 
 class Placement:
@@ -110,7 +112,7 @@ class Placement:
         """Whether a way that is not taken has to be timed again."""
         if way.idle < way.retry:
             return False
-        way.idle, way.retry = 0, min(2 * way.retry, RETRY_MOST)
+        way.idle, way.retry, way.stale = 0, min(2 * way.retry, RETRY_MOST), True
         return True
 
     def __str__(self) -> str:
