@@ -13,7 +13,7 @@ from greenroom.cache import VictimCache
 from greenroom.config import EngineSettings
 from greenroom.device import FakeDevice
 from greenroom.engine import Engine
-from greenroom.errors import PackedModelError
+from greenroom.errors import BudgetError, PackedModelError
 from greenroom.packed import PackedModel
 from greenroom.store import DiskStore
 from greenroom.tiers import DeviceArena, Link
@@ -292,3 +292,63 @@ def test_a_busy_slot_is_given_to_nobody(ram_slots: int, events: "list[tuple[str,
         for taken, owner in before.items():
             if taken in busy and not (kind == "f" and owner == key):
                 assert ram.find(owner) == taken
+
+
+# --- out of memory
+
+
+def out_of_memory_at(monkeypatch: pytest.MonkeyPatch, victim: Any, name: str, at: "set[int]") -> "list[int]":
+    """Let calls of a function find no memory; returns the numbers of those that did not."""
+    real, calls = getattr(victim, name), []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) in at:
+            raise torch.OutOfMemoryError("no memory left")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(victim, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("at", [{1}, {4}, {5, 6}, {3, 11, 12}])
+@pytest.mark.parametrize("where", ["experts", "attention"])
+def test_out_of_memory_shrinks_the_cache_and_goes_on(
+    device_logits: "list[torch.Tensor]",
+    device_engines: Engines,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    at: "set[int]",
+) -> None:
+    engine = device_engines(experts_per_layer=4, prefetch=1)
+    attention = engine.model.model.layers[1].self_attn
+    victim = (engine.runner._slots_kernel, "combine") if where == "experts" else (attention, "forward")
+    slots_before, hits = engine.plan.slots, engine.metrics().hits
+    with monkeypatch.context() as patch:
+        calls = out_of_memory_at(patch, *victim, at)
+        assert same(logits_of(engine.model), device_logits)
+    failed = sum(number <= len(calls) for number in at)
+    wanted = slots_before
+    for _ in range(failed):
+        wanted = wanted * 3 // 4
+    assert engine.plan.slots == wanted and failed
+    assert engine.runner._arena.count == wanted + 4
+    assert engine.metrics().hits >= hits
+    assert same(logits_of(engine.model), device_logits)
+
+
+def test_no_slot_left_to_give_back_is_one_line(device_engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = device_engines(experts_per_layer=1)
+    with monkeypatch.context() as patch:
+        out_of_memory_at(patch, engine.runner._slots_kernel, "combine", set(range(100)))
+        with pytest.raises(BudgetError, match="ran out of memory") as caught:
+            logits_of(engine.model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_is_too_small_is_one_line(device_engines: Engines) -> None:
+    with pytest.raises(BudgetError, match="give a smaller --vram") as caught:
+        device_engines(device=FakeDevice(nbytes=1 << 16))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BudgetError, match=r"give --vram \d+MiB or more"):
+        device_engines(vram=1 << 20, experts_per_layer=None)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from greenroom.cache import ExpertCache
 from greenroom.device import Device
 from greenroom.kernels import Activation, ExpertsKernel, ExpertTask
 from greenroom.metrics import Stopwatch
@@ -114,6 +115,12 @@ class DeviceRunner(ExpertRunner):
         self._device, self._slots_kernel, self.placement = device, slots_kernel, placement
         self._choose = False  # whether the CPU may compute some of the call
         self._here: list[int] = []  # experts that it computes
+
+    def occupy(self, arena: DeviceArena, cache: ExpertCache) -> None:
+        """Go on with another arena and an empty cache, after the transfer has vacated the old one."""
+        cache.counters = self._cache.counters
+        self._arena, self._cache = arena, cache
+        self._transfer.occupy(arena)
 
     def _call(self, layer: int, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Call:
         self._choose = self.placement.enabled and len(x) == 1

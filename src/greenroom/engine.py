@@ -18,6 +18,7 @@ from greenroom.device_runner import DeviceRunner, SlotsKernel
 from greenroom.errors import BudgetError
 from greenroom.history import History
 from greenroom.kernels import slots
+from greenroom.layer_steps import LayerSteps
 from greenroom.machine import available_memory
 from greenroom.metrics import Metrics, process_memory
 from greenroom.model import build, routers
@@ -78,6 +79,8 @@ class Engine:
         self.decode = DecodeStep(self.model.base_model, self.runner.token)
         if self.device is not None:
             self.decode.enabled = False
+            names = [entry.module for entry in packed.manifest.experts]
+            LayerSteps(seam.stacked_layers(self.model, names), self._shrink)
         self.model.greenroom = self
         seam.load_generation_config(self.model, packed.folder)
 
@@ -118,18 +121,36 @@ class Engine:
             **self._parts(),
         )
 
+    def _shrink(self) -> None:
+        """Out of device memory: go on with three quarters of the slots, from an empty cache."""
+        assert self.device is not None and isinstance(self.runner, DeviceRunner)
+        assert isinstance(self._transfer, TierTransfer)
+        if not self.plan.slots:
+            raise BudgetError(
+                f"{self.device.title()} ran out of memory with no slot left to give back: give a smaller --context, a "
+                "shorter prompt, or free its memory of other processes"
+            )
+        self.plan = planner.allot(self.plan, self.plan.slots * 3 // 4, None)
+        self._transfer.vacate()
+        self.device.trim()
+        arena = DeviceArena(self.device, self.plan.slots + self.settings.staging, self.plan.record_nbytes)
+        self.runner.occupy(arena, self._cache())
+
+    def _cache(self) -> ExpertCache:
+        return ExpertCache(
+            layers=len(self.packed.manifest.experts),
+            capacities=self.plan.capacities,
+            staging=self.settings.staging,
+            policy=self._policy(self._policy_name),
+            validate=self.settings.validate,
+        )
+
     def _parts(self) -> "dict[str, Any]":
         """What runners on every device have; the transfer has been made."""
         settings, entries = self.settings, self.packed.manifest.experts
         return {
             "entries": entries,
-            "cache": ExpertCache(
-                layers=len(entries),
-                capacities=self.plan.capacities,
-                staging=settings.staging,
-                policy=self._policy(self._policy_name),
-                validate=settings.validate,
-            ),
+            "cache": self._cache(),
             "transfer": self._transfer,
             "curve": self.curve,
             "prefetcher": Prefetcher(

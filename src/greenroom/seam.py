@@ -318,6 +318,13 @@ def _block(path: str) -> str:
     return path.rpartition(".")[0]
 
 
+def stacked_layers(model: Any, experts: "list[str]") -> "list[nn.Module]":
+    """All layers of the stacks that hold the modules `experts`."""
+    stacks = dict.fromkeys(_stack(name) for name in experts)
+    found = [model.get_submodule(path) for path in stacks]
+    return [layer for stack in found if isinstance(stack, nn.ModuleList) for layer in stack]
+
+
 def _decides(name: str, linear: nn.Linear, widths: "dict[str, int]") -> bool:
     """Whether a linear is a router or a gate: inside an MoE block, as wide as its experts or one scalar."""
     for block, num_experts in widths.items():

@@ -46,6 +46,10 @@ class CudaDevice:
         """Raises torch.OutOfMemoryError."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.place)
 
+    def trim(self) -> None:
+        """Empty torch's cache of blocks."""
+        cuda.empty_cache()
+
     def pin(self, memory: torch.Tensor) -> None:
         """Register the pages with the driver; they stay registered as long as this object lives."""
         if memory.data_ptr() in self._pinned:

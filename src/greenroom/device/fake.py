@@ -64,6 +64,9 @@ class FakeDevice:
             raise torch.OutOfMemoryError(f"the fake device has {self.nbytes} bytes, not {nbytes}")
         return torch.zeros(nbytes, dtype=torch.uint8)
 
+    def trim(self) -> None:
+        """Nothing is kept."""
+
     def pin(self, memory: torch.Tensor) -> None:
         """All of this memory is alike."""
 

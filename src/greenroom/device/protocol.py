@@ -26,6 +26,10 @@ class Device(Protocol):
         """Device memory, uint8 [nbytes]. Raises torch.OutOfMemoryError."""
         ...
 
+    def trim(self) -> None:
+        """Give memory that nobody holds any more back for other uses."""
+        ...
+
     def pin(self, memory: torch.Tensor) -> None:
         """Fix host memory in place, so that copies run beside the host; pinned memory is left alone. Fill it first:
         pinning touches every page."""

@@ -25,6 +25,11 @@ class DeviceArena:
         """Bytes of all buffers."""
         return self.count * self.record_nbytes
 
+    def release(self) -> None:
+        """Give the memory back; the arena is of no more use."""
+        self.memory = self.memory.new_empty(0)
+        self._arrivals.clear()
+
     def filled_at(self, buffer: int, event: Event) -> None:
         """A copy into the buffer has been queued; it is done at `event`."""
         self._arrivals.pop(buffer, None)

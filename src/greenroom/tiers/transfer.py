@@ -130,6 +130,23 @@ class TierTransfer:
             after = [*self._arena.arrival(buffer), *self.link.events_on(slot)]
             self._saved[buffer] = slot, self.link.download(target, source, after, slot)
 
+    def vacate(self) -> None:
+        """Wait for all copies and give up the arena: nothing is on the device any more."""
+        self.abandon()
+        while self.link.wait():
+            pass
+        for key in self._contents.values():
+            self.victims.leave(key, busy=range(self.victims.slots))  # what RAM holds stays there
+        self._contents.clear()
+        self._saved.clear()
+        self._sent.clear()
+        self._unreported.clear()
+        self._arena.release()
+
+    def occupy(self, arena: DeviceArena) -> None:
+        """Fill another arena from now on."""
+        self._arena = arena
+
     def close(self) -> None:
         """Stop the threads and wait for what is under way."""
         self._disk.close()
