@@ -11,6 +11,9 @@ import pytest
 import torch
 import transformers
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton's kernels are imported
+
 from families import FAMILIES
 from greenroom.config import EngineSettings
 from greenroom.device import FakeDevice

@@ -1,8 +1,8 @@
 """Experts and packed linears on a GPU, from records that lie in its memory.
 
 Experts lie in an `arena` uint8 [buffers, record_nbytes] on the device, in the layout of the packed file; a *slot* is a
-buffer's number, and −1 says that an expert is not there or that there is none (a router's sentinel). A *pair* is one of a
-token's k experts. Nothing here waits for the device, and every call can be captured in a CUDA graph.
+buffer's number, and −1 says that an expert is not there or that there is none (a router's sentinel). A *pair* is one of
+a token's k experts. Nothing here waits for the device, and every call but `prompt` can be captured in a CUDA graph.
 
     lookup      experts → slots, and what is missing, told to the host in pinned memory
     token       1 to 16 tokens whose experts are all there: the weighted sum
@@ -12,22 +12,45 @@ token's k experts. Nothing here waits for the device, and every call can be capt
     linear      a dense packed matrix
 
 Results have no atomics in them: a pair's row depends on its record and its token alone (and on which of the kernels
-its number of tokens chooses), and the sum runs over a token's pairs in the order in which they are given. So bits do not
-depend on slots, on the order of arrival, or on what was there.
+its number of tokens chooses), and the sum runs over a token's pairs in the order in which they are given. So bits do
+not depend on slots, on the order of arrival, or on what was there.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from greenroom.kernels import reference
 from greenroom.kernels.reference import Activation
 from greenroom.packed import RecordTensor
-from greenroom.quant import Format
+from greenroom.quant import Format, Layout
 
 MOST_TOKENS = 16
 """What `token` and `pairs` take at once; more go through `prompt`."""
+
+FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+OLDEST = (7, 5)
+"""Compute capability: a T4's."""
+
+_ONE = 0x3F800000
+"""1.0 as bits, handed over at run time so that compilers keep it in a register."""
+_ROWS = 8
+"""Rows that a warp multiplies at once; half of them where that leaves multiprocessors idle."""
+_BLOCK = 256
+"""Columns that one program of the small kernels handles."""
+
+_absent = ""
+try:
+    import triton
+
+    from greenroom.kernels.gpu import pairs as _pairs
+    from greenroom.kernels.gpu import vector as _vector
+
+    _interpreted = not isinstance(_pairs.lookup, triton.JITFunction)
+except ModuleNotFoundError as error:
+    _absent = f"{error.name} is not installed"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,27 +64,53 @@ class Span:
 
 def unusable(device: "torch.device | str" = "cuda") -> str:
     """Why these kernels do not serve on `device`, or nothing: no triton, no such device, one older than 7.5."""
-    raise NotImplementedError
+    device = torch.device(device)
+    if _absent:
+        return _absent
+    if device.type == "cpu":
+        return "" if _interpreted else "a CPU runs these kernels in Triton's interpreter alone"
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"there is no {device.type} device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"
+    return ""
 
 
 def describe(device: "torch.device | str" = "cuda") -> str:
     """For people: "triton 3.6 (NVIDIA H100, 9.0)", or "reference (torch): …" with the reason."""
-    raise NotImplementedError
+    if reason := unusable(device):
+        return f"reference (torch): {reason}"
+    if torch.device(device).type == "cpu":
+        return f"triton {triton.__version__} (interpreter)"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"triton {triton.__version__} ({torch.cuda.get_device_name(device)}, {major}.{minor})"
 
 
 def declines(layout: "Sequence[RecordTensor]", activation: Activation) -> str:
     """Why these kernels do not compute such experts, or nothing: an activation without a kind, or with a norm after."""
-    raise NotImplementedError
+    if not activation.kind:
+        return "the family's own gate is Python"
+    if activation.after is not None:
+        return "a norm follows the experts"
+    if any(tensor.format.bits == 16 and tensor.cols % 8 for tensor in layout[:2]):
+        return "16-bit rows that are no multiple of 16 bytes"
+    return ""
 
 
 def lookup(table: torch.Tensor, top_k_index: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
     """Slots int32 [T, k] of the experts top_k_index int64 [T, k], T ≤ 16; −1 where there is none.
 
-    table: int32 [num_experts], one layer's row of the device table: an expert's slot, or −1. missing: int32 [1 + T·k], in
-    pinned memory or on the device: [0] becomes the number of pairs whose expert has no slot, and [1 + p] the expert of
+    table: int32 [num_experts], one layer's row of the device table: an expert's slot, or −1. missing: int32 [1 + T·k],
+    in pinned memory or on the device: [0] becomes the number of pairs whose expert has no slot, and [1 + p] the expert of
     pair p if it has none, else −1. An index outside the table (a sentinel) has slot −1 and is not missing.
     """
-    raise NotImplementedError
+    slots = torch.empty(top_k_index.shape, dtype=torch.int32, device=top_k_index.device)
+    count = top_k_index.numel()
+    _pairs.lookup[(1,)](
+        table, top_k_index.contiguous(), slots, missing, len(table), count, BLOCK=triton.next_power_of_2(count)
+    )
+    return slots
 
 
 def token(
@@ -77,7 +126,9 @@ def token(
     slots: int32 [T, k], distinct within a token but for −1, which adds nothing. weights: [T, k], any float dtype.
     Same bits as `combine` over `pairs`.
     """
-    raise NotImplementedError
+    count, top_k = slots.shape
+    rows = pairs(x, arena, slots, layout, kind).view(count * top_k, -1)
+    return _sum(rows, slots, weights, own=True)
 
 
 def pairs(
@@ -90,10 +141,22 @@ def pairs(
 ) -> torch.Tensor:
     """Each pair's expert applied to its token: out float32 [T, k, H] (made if None), unweighted.
 
-    As `token` otherwise. Rows of slots that are −1 stay untouched, so that several calls fill one `out`: first who is there,
-    then who has come.
+    As `token` otherwise. Rows of slots that are −1 stay untouched, so that several calls fill one `out`: first who is
+    there, then who has come.
     """
-    raise NotImplementedError
+    tokens, top_k = slots.shape
+    assert tokens <= MOST_TOKENS, f"{tokens} tokens are a prompt"
+    first, second, *biases = layout
+    inner, outer = biases or (None, None)
+    gate = _gate(kind)
+    if out is None:
+        out = torch.empty((tokens, top_k, second.rows), dtype=torch.float32, device=x.device)
+    middle = torch.empty(
+        (tokens * top_k, _width(second.cols, second.format.bits)), dtype=torch.float32, device=x.device
+    )
+    _vectors(_arranged(x, first), arena, slots, top_k, first, inner, gate, middle, second)
+    _vectors(middle, arena, slots, 1, second, outer, _gate("identity"), out.view(tokens * top_k, -1), None)
+    return out
 
 
 def prompt(
@@ -119,11 +182,118 @@ def combine(out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> t
     out: float32 [P, H], as `prompt` left it (or `pairs`, viewed so). places: int32 [T, k]; −1 adds nothing. weights:
     [T, k]. A caller who wants ascending order of expert sorts places and weights so.
     """
-    raise NotImplementedError
+    return _sum(out, places, weights, own=False)
 
 
 def linear(
     x: torch.Tensor, packed: torch.Tensor, rows: int, cols: int, format: Format, bias: "torch.Tensor | None" = None
 ) -> torch.Tensor:
     """x [n, cols] times the packed [rows, cols] matrix, transposed: [n, rows] in x's dtype, plus `bias` [rows]."""
-    return reference.linear(x, packed, rows, cols, format, bias)
+    matrix = RecordTensor(name="", rows=rows, cols=cols, offset=0, format=format)
+    out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
+    _vectors(_arranged(x, matrix), packed, None, 1, matrix, None, _gate("identity"), out, None)
+    return out if bias is None else out.add_(bias)
+
+
+def _sum(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, own: bool) -> torch.Tensor:
+    tokens, top_k = places.shape
+    out = torch.empty((tokens, rows.shape[1]), dtype=torch.float32, device=rows.device)
+    grid = (tokens, triton.cdiv(rows.shape[1], _BLOCK))
+    _pairs.combine[grid](
+        rows, places.contiguous(), weights.contiguous(), out, rows.shape[1], K=top_k, OWN=own, BLOCK=_BLOCK
+    )
+    return out
+
+
+def _arranged(x: torch.Tensor, matrix: RecordTensor) -> torch.Tensor:
+    """float32 [n, width]: vectors x [n, cols] as the vector kernel reads them."""
+    bits = matrix.format.bits
+    out = torch.empty((len(x), _width(matrix.cols, bits)), dtype=torch.float32, device=x.device)
+    grid = (len(x), triton.cdiv(out.shape[1], _BLOCK))
+    _vector.arrange[grid](x.contiguous(), out, matrix.cols, out.shape[1], BITS=bits, BLOCK=_BLOCK)
+    return out
+
+
+def _vectors(
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    slots: "torch.Tensor | None",
+    per_vector: int,
+    matrix: RecordTensor,
+    bias: "RecordTensor | None",
+    gate: "dict[str, Any]",
+    out: torch.Tensor,
+    after: "RecordTensor | None",
+) -> None:
+    """Arranged vectors x times each pair's matrix: out [pairs, …], arranged for the matrix `after` if there is one."""
+    outputs = matrix.rows if gate["FORM"] == "alone" else matrix.rows // 2
+    tiles = triton.cdiv(matrix.rows, _ROWS)
+    rows = _ROWS if len(out) * tiles >= _enough(x.device) else _ROWS // 2
+    _vector.products[(len(out), triton.cdiv(matrix.rows, rows))](
+        x,
+        arena,
+        None if slots is None else slots.contiguous(),
+        out,
+        arena.stride(0) if slots is not None else 0,
+        matrix.offset,
+        bias.offset if bias else 0,
+        per_vector,
+        x.shape[1],
+        out.shape[1],
+        matrix.rows,
+        outputs,
+        **_parts(matrix),
+        one=_ONE,
+        ROWS=rows,
+        BIAS=bias is not None,
+        BIAS_IS_FLOAT16=bias is not None and bias.format.dtype == "float16",
+        OUT_BITS=after.format.bits if after else 0,
+        **gate,
+        num_warps=1,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _parts(matrix: RecordTensor) -> "dict[str, Any]":
+    """Where the parts of a packed matrix lie, for the kernels."""
+    shape = Layout(matrix.rows, matrix.cols, matrix.format)
+    return {
+        "scale_codes": shape.scale_codes,
+        "zero_codes": shape.zero_codes,
+        "params": shape.row_params,
+        "groups": shape.groups,
+        "chunks": shape.code_row_bytes // (24 if matrix.format.bits == 3 else 16),
+        "BITS": matrix.format.bits,
+        "GROUP": matrix.format.group_size,
+        "IS_FLOAT16": matrix.format.dtype == "float16",
+    }
+
+
+def _width(cols: int, bits: int) -> int:
+    """Columns of an arranged vector: whole tiles of 32 chunks."""
+    tile = 32 * {2: 64, 3: 64, 4: 32, 8: 16, 16: 8}[bits]
+    return -(-cols // tile) * tile
+
+
+@functools.cache
+def _enough(device: torch.device) -> int:
+    """Warps that keep a device's multiprocessors busy."""
+    if device.type == "cpu":
+        return 0
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _gate(kind: str) -> "dict[str, Any]":
+    """See `Activation.kind`; "identity" too."""
+    name, *numbers = kind.split(":")
+    made = {"FORM": "alone", "FUNCTION": name, "ALPHA": 1.0, "LIMIT": 0.0, "PLUS": 0.0}
+    if name == "clamped_silu_and_mul":
+        made |= {"FORM": "halves", "FUNCTION": "silu", "LIMIT": float(numbers[0])}
+    elif name.startswith("swigluoai"):
+        alpha, limit = map(float, numbers)
+        form = "turns" if name.endswith("interleaved") else "halves"
+        made |= {"FORM": form, "FUNCTION": "silu", "ALPHA": alpha, "LIMIT": limit, "PLUS": 1.0}
+    elif name.endswith("_and_mul"):
+        made |= {"FORM": "halves", "FUNCTION": name.removesuffix("_and_mul")}
+    return made
