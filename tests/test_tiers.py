@@ -14,11 +14,12 @@ from greenroom.config import EngineSettings
 from greenroom.device import FakeDevice
 from greenroom.engine import Engine
 from greenroom.errors import BudgetError, PackedModelError
+from greenroom.kernels import device, over_slots
 from greenroom.packed import PackedModel
 from greenroom.store import DiskStore
 from greenroom.tiers import DeviceArena, Link
 from on_device import Engines, Timed
-from test_engine import EXPERTS, LAYERS, Noted, Tampered, interrupted_once, logits_of, same
+from test_engine import EXPERTS, LAYERS, NEXT, SHORT, Noted, Tampered, interrupted_once, logits_of, same
 
 # --- the same logits, whatever lies where
 
@@ -72,6 +73,21 @@ def test_the_tokens_are_those_of_the_cpu(packed4: PackedModel, device_engines: E
     for options in ({}, {"cpu_experts": True}, {"prefetch": 2}):
         found = device_engines(4, **options).model.generate(prompt, max_new_tokens=24, do_sample=False)
         assert torch.equal(found, wanted)
+
+
+def test_compiled_kernels_give_what_the_definition_gives(
+    device_logits: "list[torch.Tensor]", device_engines: Engines
+) -> None:
+    """In Triton's interpreter; on a GPU, `-m cuda` compares more."""
+    pytest.importorskip("triton")
+    if device.unusable("cpu"):
+        pytest.skip(device.unusable("cpu"))
+    model = device_engines(4, slots_kernel=over_slots.Compiled()).model
+    with torch.no_grad():
+        out = model(SHORT, use_cache=True)
+        found = [out.logits, model(torch.tensor([NEXT[0]]), past_key_values=out.past_key_values).logits]
+    for one, other in zip(found, device_logits[1:], strict=False):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
 
 
 # --- negative controls: the comparison can fail

@@ -6,55 +6,22 @@ rows are summed in the router's order when all are there: the order in which exp
 were moved in time.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from greenroom.cache import ExpertCache
 from greenroom.device import Device
 from greenroom.kernels import Activation, ExpertsKernel, ExpertTask
+from greenroom.kernels.over_slots import SlotsKernel
 from greenroom.metrics import Stopwatch
-from greenroom.packed import ExpertsEntry, RecordTensor
+from greenroom.packed import ExpertsEntry
 from greenroom.placement import Placement
 from greenroom.runner import Call, ExpertRunner
 from greenroom.tiers import DeviceArena, TierTransfer
 
 MOST_TOKENS = 16
 """Up to this many tokens, and outside a prompt, a call's pairs are computed together."""
-
-
-class SlotsKernel(Protocol):
-    """Computes experts over an arena of slots on the device: see `kernels.slots`, the definition."""
-
-    def pairs(
-        self,
-        x: torch.Tensor,
-        arena: torch.Tensor,
-        slots: torch.Tensor,
-        layout: "Sequence[RecordTensor]",
-        activation: Activation,
-        out: torch.Tensor,
-    ) -> None:
-        """Each pair's expert applied to its token, where its slot is not −1."""
-        ...
-
-    def prompt(
-        self,
-        x: torch.Tensor,
-        arena: torch.Tensor,
-        spans: "Sequence[tuple[int, int, int]]",
-        rows: torch.Tensor,
-        layout: "Sequence[RecordTensor]",
-        activation: Activation,
-        out: torch.Tensor,
-    ) -> None:
-        """The same for many tokens, of the experts in `spans`."""
-        ...
-
-    def combine(self, out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of pairs."""
-        ...
 
 
 class DeviceCall(Call):

@@ -14,10 +14,10 @@ from greenroom.cache.curve import MissRatioCurve
 from greenroom.config import EngineSettings
 from greenroom.decode import DecodeStep
 from greenroom.device import Device, find_gpu
-from greenroom.device_runner import DeviceRunner, SlotsKernel
+from greenroom.device_runner import DeviceRunner
 from greenroom.errors import BudgetError
 from greenroom.history import History
-from greenroom.kernels import slots
+from greenroom.kernels import over_slots
 from greenroom.layer_steps import LayerSteps
 from greenroom.machine import available_memory
 from greenroom.metrics import Metrics, process_memory
@@ -49,14 +49,14 @@ class Engine:
         store: "Store | None" = None,
         shuffle: "random.Random | None" = None,
         device: "Device | None" = None,
-        slots_kernel: "SlotsKernel | None" = None,
+        slots_kernel: "over_slots.SlotsKernel | None" = None,
     ) -> None:
         self._policy_name = planner.check_policy(settings.policy, sorted(POLICIES))
         self.packed, self.settings = packed, settings
         self.device = None if settings.vram is None else device or find_gpu()
         dtype = dtype or (torch.float32 if self.device is None else self.device.dtype)
         threads.take_over()
-        self.kernel = kernels.describe(dtype)
+        self.kernel = kernels.describe(dtype) if self.device is None else over_slots.describe(self.device.place)
         """which kernel computes, for people"""
         config = seam.load_config(packed.folder)
         runtime = process_memory()["anonymous"]
@@ -90,7 +90,7 @@ class Engine:
         self._transfer: Transfer | TierTransfer = Transfer(self._store, arena, self.settings.readers, self._shuffle)
         return ExpertRunner(arena=arena, kernel=kernels.experts, **self._parts())
 
-    def _on_device(self, device: Device, slots_kernel: "SlotsKernel | None") -> DeviceRunner:
+    def _on_device(self, device: Device, slots_kernel: "over_slots.SlotsKernel | None") -> DeviceRunner:
         """Slots on the device, what it lacks in RAM as far as that goes, the rest on disk."""
         assert self.plan.ram is not None
         settings, nbytes = self.settings, self.plan.record_nbytes
@@ -115,7 +115,7 @@ class Engine:
         return DeviceRunner(
             arena=arena,
             device=device,
-            slots_kernel=slots_kernel or slots,
+            slots_kernel=slots_kernel or over_slots.choose(device.place),
             cpu_kernel=kernels.experts,
             placement=Placement(settings.cpu_experts),
             **self._parts(),

@@ -43,11 +43,9 @@ class _Memo:
     """What a cache's layer held: keys and values grow by being replaced, so the old ones are still whole."""
 
     def __init__(self, cache: Any, number: "int | None") -> None:
-        layers = getattr(cache, "layers", [])
-        self._layers: Any = layers
+        self._layers: Any = getattr(cache, "layers", [])
         self._number = number
-        known = number is not None and number < len(layers)
-        self._layer = layers[number] if known else None
+        self._layer = self._layers[number] if number is not None and number < len(self._layers) else None
         self._state = dict(vars(self._layer)) if self._layer is not None else {}
         counts = [name for name, value in self._state.items() if torch.is_tensor(value) and value.numel() == 1]
         self._state |= {name: self._state[name].clone() for name in counts}

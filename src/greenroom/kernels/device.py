@@ -102,8 +102,8 @@ def lookup(table: torch.Tensor, top_k_index: torch.Tensor, missing: torch.Tensor
     """Slots int32 [T, k] of the experts top_k_index int64 [T, k], T ≤ 16; −1 where there is none.
 
     table: int32 [num_experts], one layer's row of the device table: an expert's slot, or −1. missing: int32 [1 + T·k],
-    in pinned memory or on the device: [0] becomes the number of pairs whose expert has no slot, and [1 + p] the expert of
-    pair p if it has none, else −1. An index outside the table (a sentinel) has slot −1 and is not missing.
+    in pinned memory or on the device: [0] becomes the number of pairs whose expert has no slot, and [1 + p] the expert
+    of pair p if it has none, else −1. An index outside the table (a sentinel) has slot −1 and is not missing.
     """
     slots = torch.empty(top_k_index.shape, dtype=torch.int32, device=top_k_index.device)
     count = top_k_index.numel()
