@@ -14,6 +14,7 @@ import torch
 import greenroom
 from greenroom import library
 from greenroom.cli import main
+from greenroom.device import FakeDevice
 from greenroom.errors import ConfigError
 from test_demo_checkpoint import make_wheel
 
@@ -137,6 +138,29 @@ def test_plan_says_what_fits(packed: Path, capsys: pytest.CaptureFixture[str]) -
     assert report["total"] == sum(report[part] for part in parts)
     assert report["tokens_per_s"] > 0 and report["disk_bytes_per_s"] > 0
     assert "too small" in refused(capsys, "plan", "demo", "--ram", "10MiB")
+
+
+def test_plan_of_a_gpu_needs_none(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["plan", "demo", "--vram", "1GiB", "--ram", "2GiB", "--experts-per-layer", "2", "--json"]
+    code, out, _ = call(capsys, *plan)
+    report = json.loads(out[-1])
+    assert code == 0 and "on the GPU" in "\n".join(out) and "in RAM" in "\n".join(out)
+    assert report["total"] <= report["budget"] == 1 << 30 and report["ram"]["budget"] == 2 << 30
+    assert report["slots"] < report["experts"] == report["ram"]["slots"]
+    assert "give --vram" in refused(capsys, "plan", "demo", "--vram", "10MiB")
+    assert "give --ram" in refused(capsys, "plan", "demo", "--vram", "1GiB", "--ram", "10MiB")
+
+
+def test_run_on_a_device(packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = ["run", str(packed), "hello", "--max-new-tokens", "6", "--json"]
+    wanted = json.loads(call(capsys, *ask)[1][-1])["text"]
+    monkeypatch.setattr("greenroom.engine.find_gpu", FakeDevice)
+    code, out, err = call(capsys, *ask, "--vram", "1GiB", "--experts-per-layer", "1", "--stats")
+    report = json.loads(out[-1])
+    assert code == 0 and report["text"] == wanted
+    assert report["bytes_up_per_token"] > 0 and "over the link" in report["placement"] + err
+    off = json.loads(call(capsys, *ask, "--vram", "1GiB", "--experts-per-layer", "1", "--no-cpu-experts")[1][-1])
+    assert off["text"] == wanted and "off" in off["placement"]
 
 
 def test_plan_knows_earlier_runs(packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -1,6 +1,7 @@
 """`greenroom plan MODEL`: what fits where, and how fast; nothing is packed or loaded."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,17 @@ def execute(options: argparse.Namespace) -> int:
         )
     except BudgetError as error:
         raise BudgetError(f"{options.model} cannot run: {error}") from None
+    if plan.ram is not None:
+        print("\n".join([*_table(options.model, manifest, plan, free), *_ram_table(plan), *_quality(manifest)]))
+        if options.json:
+            shared.print_json(
+                {
+                    **_report(plan, free),
+                    "ram": dataclasses.asdict(plan.ram),
+                    "receipt": receipt.fields(manifest.receipt),
+                }
+            )
+        return 0
     rates = probe.measure(manifest, weights)
 
     def outlook(plan: "Plan") -> "dict[str, float]":
@@ -65,11 +77,11 @@ def execute(options: argparse.Namespace) -> int:
         "routing_known": gains is not None,
         "what_if": [outlook(planner.allot(plan, slots, divided)) for slots in _others(plan)],
     }
-    print(_table(options.model, manifest, plan, speed, free))
+    print("\n".join([*_table(options.model, manifest, plan, free), *_outlook(plan, speed), *_quality(manifest)]))
     if settings.ram is not None and settings.ram > runtime + free:
         print(f"only {format_bytes(runtime + free)} are free now: with --ram {options.ram} this machine may run out")
     if options.json:
-        shared.print_json({**_report(plan, speed, free), "receipt": receipt.fields(manifest.receipt)})
+        shared.print_json({**_report(plan, free), **speed, "receipt": receipt.fields(manifest.receipt)})
     return 0
 
 
@@ -98,7 +110,7 @@ def _others(plan: "Plan") -> "list[int]":
     return [slots for slots in (less, more) if slots != plan.slots]
 
 
-def _report(plan: "Plan", speed: "dict[str, Any]", free: int) -> "dict[str, Any]":
+def _report(plan: "Plan", free: int) -> "dict[str, Any]":
     return {
         "budget": plan.budget,
         "free": free,
@@ -113,18 +125,19 @@ def _report(plan: "Plan", speed: "dict[str, Any]", free: int) -> "dict[str, Any]
         "experts": sum(plan.experts),
         "record_nbytes": plan.record_nbytes,
         "resident_share": plan.resident_share,
-        **speed,
     }
 
 
-def _table(model: str, manifest: "Manifest", plan: "Plan", speed: "dict[str, Any]", free: int) -> str:
+def _table(model: str, manifest: "Manifest", plan: "Plan", free: int) -> "list[str]":
     experts = sum(plan.experts)
     settings = manifest.settings
     low, high = min(plan.capacities), max(plan.capacities)
     slots = f"{low}" if low == high else f"{low}–{high}"
     allowed = "" if plan.budget is None else f"of {format_bytes(plan.budget)} allowed, "
+    kept, note = (0, "Python, torch, transformers") if plan.ram is None else (plan.ram.slots, "the driver's, about")
+    free_now = f"{format_bytes(free)} free now" if plan.ram is None else "on the GPU"
     rows = [
-        ("runtime", plan.runtime, "Python, torch, transformers"),
+        ("runtime", plan.runtime, note),
         ("dense weights", plan.dense, f"attention {settings['attention_bits']}-bit, head {settings['head_bits']}-bit"),
         ("KV cache", plan.kv_cache, "for the context asked for"),
         ("working set", plan.working_set, "activations and dequantised tiles"),
@@ -134,16 +147,36 @@ def _table(model: str, manifest: "Manifest", plan: "Plan", speed: "dict[str, Any
             plan.slots_nbytes,
             f"{plan.slots} of {experts} experts ({slots} per layer), {settings['expert_bits']}-bit",
         ),
-        ("total", plan.total, f"{allowed}{format_bytes(free)} free now"),
-        ("left on disk", (experts - plan.slots) * plan.record_nbytes + plan.mapped, "experts and embeddings"),
+        ("total", plan.total, f"{allowed}{free_now}"),
     ]
+    left = max(experts - plan.slots - kept, 0) * plan.record_nbytes + plan.mapped
+    disk = ("left on disk", left, "experts and embeddings")
     lines = [f"{model}: {manifest.architecture}, {len(plan.experts)} MoE layers, {experts} experts"]
-    lines += [f"  {name:<14} {format_bytes(size):>10}   {note}" for name, size, note in rows]
+    return lines + [f"  {name:<14} {format_bytes(size):>10}   {note}" for name, size, note in [*rows, disk]]
+
+
+def _ram_table(plan: "Plan") -> "list[str]":
+    """What lies behind the GPU's slots."""
+    assert plan.ram is not None
+    ram, experts = plan.ram, sum(plan.experts)
+    together = "with the GPU's all of them" if ram.slots + plan.slots >= experts else "the rest stay on disk"
+    rows = [
+        ("runtime", ram.runtime, "Python, torch, transformers"),
+        ("working set", ram.working_set, "experts computed on the CPU"),
+        ("staging", ram.staging, "buffers between disk and GPU"),
+        ("slots", ram.slots_nbytes, f"{ram.slots} of {experts} experts, {together}"),
+        ("total", ram.total, f"of {format_bytes(ram.budget)} allowed, in RAM"),
+    ]
+    return [f"  {name:<14} {format_bytes(size):>10}   {note}" for name, size, note in rows]
+
+
+def _outlook(plan: "Plan", speed: "dict[str, Any]") -> "list[str]":
+    """How fast, now and with other budgets."""
     basis = "LRU, as in earlier runs" if speed["routing_known"] else "if experts were chosen evenly"
-    lines.append(
+    lines = [
         f"  predicted: {speed['tokens_per_s']:.2f} tokens/s, {speed['hit_rate']:.0%} hits ({basis}), "
         f"{speed['tokens_per_s_resident']:.2f} if every expert hit"
-    )
+    ]
     for other in speed["what_if"]:
         change = other["slots_nbytes"] - plan.slots_nbytes
         lines.append(
@@ -154,6 +187,9 @@ def _table(model: str, manifest: "Manifest", plan: "Plan", speed: "dict[str, Any
         f"  measured: disk {speed['disk_bytes_per_s'] / 1e9:.2f} GB/s, "
         f"kernels {speed['kernel_bytes_per_s'] / 1e9:.2f} GB/s of packed weights"
     )
-    if manifest.receipt is not None:
-        lines.append(f"  quality: {receipt.line(manifest.receipt)}")
-    return "\n".join(lines)
+    return lines
+
+
+def _quality(manifest: "Manifest") -> "list[str]":
+    """What packing cost, where it was measured."""
+    return [] if manifest.receipt is None else [f"  quality: {receipt.line(manifest.receipt)}"]
