@@ -12,8 +12,8 @@ import greenroom
 ROOMS = [
     "errors", "sizes", "progress", "environment", "machine", "buffers", "threads", "quant", "config", "seam",
     "checkpoint", "packed", "packing", "cache", "history", "store", "transfer", "device", "tiers", "placement",
-    "prefetch", "trace", "analyze", "metrics", "kernels", "runner", "device_runner", "layer_steps", "model", "decode",
-    "planner", "probe", "wheels", "demo", "engine", "library", "evaluate", "cli",
+    "speculation", "prefetch", "trace", "analyze", "metrics", "kernels", "runner", "device_runner", "layer_steps",
+    "model", "decode", "planner", "probe", "wheels", "demo", "engine", "library", "evaluate", "cli",
 ]  # fmt: skip
 """Lowest first: a room may import itself and what stands before it."""
 

@@ -18,6 +18,7 @@ from greenroom.metrics import Stopwatch
 from greenroom.packed import ExpertsEntry
 from greenroom.placement import Placement
 from greenroom.runner import Call, ExpertRunner
+from greenroom.speculation import Speculation
 from greenroom.tiers import DeviceArena, TierTransfer
 
 MOST_TOKENS = 16
@@ -82,6 +83,8 @@ class DeviceRunner(ExpertRunner):
         self._device, self._slots_kernel, self.placement = device, slots_kernel, placement
         self._choose = False  # whether the CPU may compute some of the call
         self._here: list[int] = []  # experts that it computes
+        self.speculation = Speculation(self._prefetcher.experts)
+        self._since: tuple[float, float] | None = None  # the clock after the last guess, what the link had to do then
 
     def occupy(self, arena: DeviceArena, cache: ExpertCache) -> None:
         """Go on with another arena and an empty cache, after the transfer has vacated the old one."""
@@ -95,17 +98,39 @@ class DeviceRunner(ExpertRunner):
         return DeviceCall(self._entries[layer], x, top_k_weights, fetched)
 
     def _ask(self, layer: int, experts: "list[int]", valued: "list[int]") -> None:
+        self._learn(layer, experts)
         access = self._cache.request(layer, experts, valued)
         missing = {expert for _, expert in access.misses}
         self._here = self._leave_in_ram(layer, [e for e in valued if e in missing]) if self._choose else []
         self._start_loads()
 
+    def _learn(self, layer: int, experts: "list[int]") -> None:
+        """What the link did since the last layer, and which guesses came true."""
+        link, nbytes = self._transfer.link, self._entries[layer].record_nbytes
+        for rate in link.new_rates():
+            self.placement.moving_took(rate * nbytes)
+        self.speculation.requested(layer, experts)
+        if self._since is not None and link.seconds_per_byte is not None:
+            start_s, queued_s = self._since
+            idle_s = max(self._device.clock() - start_s - queued_s, 0.0)
+            self.speculation.link_was(idle_s, link.seconds_per_byte * nbytes)
+        self._since = None
+
+    def _guess(self, layer: int, x: torch.Tensor, top_k: int, prompt: bool) -> None:
+        if prompt or len(x) > 1:
+            super()._guess(layer, x, top_k, prompt)
+            return
+        if self.speculation.watches():
+            count = self.speculation.count()
+            for ahead, experts in self._prefetcher.guess(layer, x, top_k, prompt):
+                self.speculation.guessed(ahead, experts)
+                self._cache.guess(ahead, experts[:count])
+            self._since = self._device.clock(), self._transfer.link.queued_s
+            self._start_loads()
+
     def _leave_in_ram(self, layer: int, missing: "list[int]") -> "list[int]":
         """The experts of `missing`, least valuable first, that the CPU computes; they are not loaded, but for one where
         the link has nothing else to do."""
-        nbytes = self._entries[layer].record_nbytes
-        for rate in self._transfer.link.new_rates():
-            self.placement.moving_took(rate * nbytes)
         there = [expert for expert in missing if self._transfer.in_ram((layer, expert))]
         if not there:
             return []

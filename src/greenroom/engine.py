@@ -168,8 +168,10 @@ class Engine:
         return self.runner(layer, module, x, top_k_index, top_k_weights)
 
     def placement(self) -> str:
-        """Where missed experts are computed and why, for people; empty where there is no choice."""
-        return str(self.runner.placement) if isinstance(self.runner, DeviceRunner) else ""
+        """Where missed experts are computed, what is guessed, and why, for people; empty where there is no choice."""
+        if not isinstance(self.runner, DeviceRunner):
+            return ""
+        return "; ".join(filter(None, (str(self.runner.placement), str(self.runner.speculation))))
 
     def metrics(self) -> Metrics:
         """A copy of the running totals."""
