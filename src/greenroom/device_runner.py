@@ -6,20 +6,23 @@ rows are summed in the router's order when all are there: the order in which exp
 were moved in time.
 """
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from greenroom.cache import ExpertCache
-from greenroom.device import Device
+from greenroom.cache import ExpertCache, Load
+from greenroom.device import Device, Event
 from greenroom.kernels import Activation, ExpertsKernel, ExpertTask
 from greenroom.kernels.over_slots import SlotsKernel
 from greenroom.metrics import Stopwatch
 from greenroom.packed import ExpertsEntry
 from greenroom.placement import Placement
-from greenroom.runner import Call, ExpertRunner
+from greenroom.runner import Call, ExpertRunner, activation_of
 from greenroom.speculation import Speculation
-from greenroom.tiers import DeviceArena, TierTransfer
+from greenroom.tiers import DeviceArena, SlotTable, TierTransfer
 
 MOST_TOKENS = 16
 """Up to this many tokens, and outside a prompt, a call's pairs are computed together."""
@@ -61,6 +64,19 @@ class DeviceCall(Call):
         return found.view(self.device_weights.shape).to(self.x.device, non_blocking=True)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class AheadCall:
+    """One token's call that was launched before the host knew its routing."""
+
+    layer: int
+    x: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
+    back: "list[torch.Tensor]"
+    """index, weights and the slots that were used, on the host once `event` has come"""
+    event: Event
+
+
 class DeviceRunner(ExpertRunner):
     """An `ExpertRunner` whose arena and transfer are a device's; hidden states come and go on the device.
 
@@ -83,13 +99,68 @@ class DeviceRunner(ExpertRunner):
         self._device, self._slots_kernel, self.placement = device, slots_kernel, placement
         self._choose = False  # whether the CPU may compute some of the call
         self._here: list[int] = []  # experts that it computes
+        self._ahead: list[AheadCall] | None = None
+        most = max(entry.num_experts for entry in self._entries)
+        self._table = SlotTable(len(self._entries), most, device.place)
         self.speculation = Speculation(self._prefetcher.experts)
         self._since: tuple[float, float] | None = None  # the clock after the last guess, what the link had to do then
+
+    @contextlib.contextmanager
+    def going(self, ahead: bool) -> "Iterator[list[AheadCall]]":
+        """Within it, calls are launched `ahead`, and noted to be settled."""
+        calls: list[AheadCall] = []
+        self._ahead = calls if ahead else None
+        try:
+            yield calls
+        finally:
+            self._ahead = None
+
+    @property
+    def may_go_ahead(self) -> bool:
+        """Whether calls may be launched before it is known that their experts are there: guesses need the host."""
+        return not self._prefetcher.experts
+
+    def __call__(
+        self, layer: int, module: Any, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `ExpertRunner`'s; ahead, experts that are not in the table are left out."""
+        if self._ahead is None or len(x) > 1:
+            return super().__call__(layer, module, x, top_k_index, top_k_weights)
+        entry, slots = self._entries[layer], self._table.find(layer, top_k_index)
+        out = torch.empty((*slots.shape, entry.tensors[1].rows), dtype=torch.float32, device=x.device)
+        self._slots_kernel.pairs(x, self._arena.memory, slots, entry.tensors, activation_of(module), out)
+        places = torch.arange(slots.numel(), dtype=torch.int32, device=x.device).view(slots.shape)
+        places = torch.where(slots >= 0, places, -1)
+        back, event = self._device.send_back(top_k_index, top_k_weights, slots)
+        self._ahead.append(AheadCall(layer, x, top_k_index, top_k_weights, back, event))
+        return self._slots_kernel.combine(out.flatten(0, 1), places, top_k_weights).to(x.dtype)
+
+    def settle(self, call: "AheadCall") -> bool:
+        """Whether a call that was launched ahead found all its experts where the cache has them; it is then counted as
+        any other. If not, nothing has happened, and the call has to be made again."""
+        self._device.synchronise(call.event)
+        index, weights, slots = (tensor[0].tolist() for tensor in call.back)
+        count = self._entries[call.layer].num_experts
+        found = sorted((weight, e, slot) for weight, e, slot in zip(weights, index, slots, strict=True) if e < count)
+        if any(slot < 0 or slot != self._cache.ready(call.layer, expert) for _, expert, slot in found):
+            return False
+        valued = [expert for _, expert, _ in found]
+        if self._cache.hit(call.layer, sorted(valued), valued) is None:
+            return False
+        if self.observer is not None:
+            self.observer(call.layer, call.x, call.index, call.weights)
+        self.metrics.calls += 1
+        if self.trace is not None:
+            self.trace.append((call.layer, tuple(valued)))
+        self._curve.feed(call.layer, valued)
+        self._count()
+        return True
 
     def occupy(self, arena: DeviceArena, cache: ExpertCache) -> None:
         """Go on with another arena and an empty cache, after the transfer has vacated the old one."""
         cache.counters = self._cache.counters
         self._arena, self._cache = arena, cache
+        self._table.clear()
         self._transfer.occupy(arena)
 
     def _call(self, layer: int, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Call:
@@ -140,11 +211,18 @@ class DeviceRunner(ExpertRunner):
         for expert in chosen:
             self._transfer.borrow((layer, expert))
             if expert in fill:
-                for load in self._cache.later(layer, expert):
-                    self._transfer.start(load)
+                self._start(self._cache.later(layer, expert))
             else:
                 self._cache.elsewhere(layer, expert)
         return chosen
+
+    def _start_loads(self) -> None:
+        self._start(self._cache.issue())
+
+    def _start(self, loads: "list[Load]") -> None:
+        for load in loads:
+            self._table.take_out(load.buffer)
+            self._transfer.start(load)
 
     def _serve(self, layer: int, call: Call, activation: Activation, prompt: bool) -> torch.Tensor:
         assert isinstance(call, DeviceCall)
@@ -194,6 +272,8 @@ class DeviceRunner(ExpertRunner):
         """Compute the experts in `buffers` into their pairs' rows of `out`: by tokens, or with `rows` by experts."""
         memory, layout = self._arena.memory, self._entries[layer].tensors
         self._arena.wait(buffers.values())
+        for expert, buffer in buffers.items():
+            self._table.enter(layer, expert, buffer)
         with Stopwatch(self.metrics, "compute_s"):
             if rows is None:
                 by_token = out.view(*call.device_weights.shape, -1)

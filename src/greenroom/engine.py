@@ -77,10 +77,11 @@ class Engine:
         """LRU's hit rates for every number of slots, estimated while tokens are decoded"""
         self.runner = self._on_cpu() if self.device is None else self._on_device(self.device, slots_kernel)
         self.decode = DecodeStep(self.model.base_model, self.runner.token)
-        if self.device is not None:
+        self.steps: LayerSteps | None = None
+        if isinstance(self.runner, DeviceRunner):
             self.decode.enabled = False
             names = [entry.module for entry in packed.manifest.experts]
-            LayerSteps(seam.stacked_layers(self.model, names), self._shrink)
+            self.steps = LayerSteps(seam.stacked_layers(self.model, names), self.runner, self._shrink)
         self.model.greenroom = self
         seam.load_generation_config(self.model, packed.folder)
 

@@ -77,7 +77,7 @@ class ExpertRunner:
             if len(x):
                 self._guess(layer, x, top_k_index.shape[1], prompt)
             with kept_from_torch():
-                out = self._serve(layer, call, _activation(module), prompt)
+                out = self._serve(layer, call, activation_of(module), prompt)
             self._cache.finish()
         except BaseException:
             self._give_up()
@@ -291,7 +291,8 @@ class Call:
             out[row] += one
 
 
-def _activation(module: Any) -> Activation:
+def activation_of(module: Any) -> Activation:
+    """What happens between and after the products of a module's experts."""
     gate = module._apply_gate if module.has_gate else module.act_fn
     after = module.post_expert_norm if module.has_post_expert_norm else None
     return Activation(gate=gate, after=after, kind=seam.activation_kind(module))

@@ -107,12 +107,17 @@ class CudaDevice:
         assert event.start is not None
         return float(event.start.elapsed_time(event.end)) / 1000
 
-    def fetch(self, *tensors: torch.Tensor) -> "list[torch.Tensor]":
-        """All on their way before the host waits."""
+    def send_back(self, *tensors: torch.Tensor) -> "tuple[list[torch.Tensor], CudaEvent]":
+        """On the current stream, into pinned memory."""
         found = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in tensors]
         for target, source in zip(found, tensors, strict=True):
             target.copy_(source, non_blocking=True)
-        cuda.current_stream(self.place).synchronize()
+        return found, self.mark()
+
+    def fetch(self, *tensors: torch.Tensor) -> "list[torch.Tensor]":
+        """All on their way before the host waits."""
+        found, event = self.send_back(*tensors)
+        self.synchronise(event)
         return found
 
     def memory(self) -> "tuple[int, int]":

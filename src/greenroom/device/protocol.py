@@ -63,6 +63,10 @@ class Device(Protocol):
         """How long the copy before a reached event took."""
         ...
 
+    def send_back(self, *tensors: torch.Tensor) -> "tuple[list[torch.Tensor], Event]":
+        """Copies of device tensors on the host, there to be read when the event has come."""
+        ...
+
     def fetch(self, *tensors: torch.Tensor) -> "list[torch.Tensor]":
         """The values of device tensors on the host: waits for what computes them, once for all of them."""
         ...

@@ -6,6 +6,7 @@ from disk. What stays in RAM is decided by `cache.VictimCache`, what has a slot 
 
 from greenroom.tiers.arena import DeviceArena
 from greenroom.tiers.link import Link
+from greenroom.tiers.table import SlotTable
 from greenroom.tiers.transfer import TierTransfer
 
-__all__ = ["DeviceArena", "Link", "TierTransfer"]
+__all__ = ["DeviceArena", "Link", "SlotTable", "TierTransfer"]
