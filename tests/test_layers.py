@@ -13,7 +13,7 @@ ROOMS = [
     "errors", "sizes", "progress", "environment", "machine", "buffers", "threads", "quant", "config", "seam",
     "checkpoint", "packed", "packing", "cache", "history", "store", "transfer", "device", "tiers", "placement",
     "speculation", "prefetch", "trace", "analyze", "metrics", "kernels", "runner", "device_runner", "layer_steps",
-    "model", "decode", "planner", "probe", "wheels", "demo", "engine", "library", "evaluate", "cli",
+    "model", "naive", "decode", "planner", "probe", "wheels", "demo", "engine", "library", "evaluate", "cli",
 ]  # fmt: skip
 """Lowest first: a room may import itself and what stands before it."""
 

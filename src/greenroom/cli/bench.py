@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from greenroom.cli import generation
+from greenroom.cli import generation, paper
 from greenroom.cli import options as shared
 from greenroom.errors import ConfigError
 from greenroom.sizes import format_bytes
@@ -19,6 +19,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--trials", type=int, default=3, help="trials after one warm-up (default 3)")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="length of a random prompt (default 64)")
     parser.add_argument("--prompt", metavar="TEXT", help="a prompt to answer instead: routing as text has it")
+    parser.add_argument("--paper", action="store_true", help="the rows of the paper's Table 2, on a GPU")
     shared.add_memory(parser)
     shared.add_bits(parser)
     shared.add_common(parser)
@@ -33,6 +34,8 @@ def execute(options: argparse.Namespace) -> int:
     for name in ("tokens", "trials", "prompt_tokens"):
         if getattr(options, name) < (2 if name == "tokens" else 1):
             raise ConfigError(f"--{name.replace('_', '-')} is too small")
+    if options.paper:
+        return paper.execute(options)
     folder = library.find(options.model, **shared.bits_of(options))
     prompt = _prompt(options, folder)
     context = prompt.shape[1] + options.tokens

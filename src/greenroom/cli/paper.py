@@ -1,0 +1,201 @@
+"""`greenroom bench MODEL --paper`: the rows of the paper's Table 2 on this machine, each beside its floor."""
+
+import argparse
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from greenroom.cli import options as shared
+from greenroom.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from greenroom.device import Device
+    from greenroom.packed import PackedModel
+
+PAPER_GPUS = ("A100", "RTX 3080 Mobile", "RTX 3060", "T4")
+PAPER: "dict[tuple[str, int], tuple[float, ...]]" = {
+    ("full", 2): (3.061, 2.655, 2.278, 2.092),
+    ("full", 3): (2.845, 2.475, 2.038, 1.603),
+    ("without prefetch", 2): (2.918, 2.227, 2.051, 1.567),
+    ("without prefetch", 3): (2.683, 2.024, 1.857, 1.365),
+    ("without cache and prefetch", 2): (2.265, 1.758, 1.547, 1.168),
+    ("without cache and prefetch", 3): (2.055, 1.595, 1.346, 1.061),
+    ("naive", 2): (1.392, 1.059, 0.919, 0.661),
+    ("naive", 3): (1.246, 0.914, 0.79, 0.580),
+}
+"""arXiv 2312.17238, Table 2: Mixtral-8x7B, tokens per second by experts' bits."""
+
+ROWS: "dict[str, dict[str, Any]]" = {
+    "full": {"prefetch": 1},
+    "without prefetch": {},
+    "without cache and prefetch": {"experts_per_layer": 0},
+    "naive": {},
+    "greenroom's defaults": {"policy": "learned", "cpu_experts": True},
+}
+"""What each row changes of an LRU cache that moves every miss."""
+
+WARM_UP = 16
+"""Tokens before the first that is timed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measured row."""
+
+    name: str
+    slots: int
+    """per layer"""
+    tokens_per_s: float
+    hit_rate: float
+    bytes_up_per_token: float
+    floor_tokens_per_s: float
+    """no faster than the missed bytes cross the link; infinite where nothing was missed"""
+    paper: "tuple[float, ...]"
+    reason: str
+    """what was decided on the way, and why"""
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Measure all rows for 2 and 4 slots per layer, or for --experts-per-layer."""
+    from greenroom import library
+    from greenroom.device import find_gpu
+    from greenroom.packed import PackedModel
+
+    device = find_gpu()
+    folder: Path = library.find(options.model, **shared.bits_of(options))
+    packed = PackedModel(folder)
+    link = link_bandwidth(device)
+    bits = packed.manifest.settings["expert_bits"]
+    print(f"{options.model}: {packed.manifest.architecture}, {bits}-bit experts, on {device.title()}")
+    print(f"floor: the link carries {link / 1e9:.1f} GB/s; tokens are consecutive ids (see docs/cli.md)", flush=True)
+    counts = [2, 4] if options.experts_per_layer is None else [options.experts_per_layer]
+    rows = []
+    for name in ROWS:
+        for slots in counts[:1] if name in ("naive", "without cache and prefetch") else counts:
+            rows.append(measure(name, packed, device, options, slots, link))
+            print(_line(rows[-1]), flush=True)
+    if options.json:
+        report = [dataclasses.asdict(row) for row in rows]
+        shared.print_json({"link_bytes_per_s": link, "expert_bits": bits, "paper_gpus": PAPER_GPUS, "rows": report})
+    return 0
+
+
+def link_bandwidth(device: "Device", nbytes: int = 64 << 20) -> float:
+    """Bytes per second from pinned RAM to the device: median of five copies."""
+    import torch
+
+    source, target = torch.zeros(nbytes, dtype=torch.uint8), device.allocate(nbytes)
+    device.pin(source)
+    times = []
+    for _ in range(6):
+        event = device.upload(target, source, [])
+        device.synchronise(event)
+        times.append(device.seconds(event))
+    return nbytes / statistics.median(times[1:])
+
+
+def measure(
+    name: str, packed: "PackedModel", device: "Device", options: argparse.Namespace, slots: int, link: float
+) -> Row:
+    """One row: a short prompt, tokens to warm up, then `options.tokens` tokens timed; the median of the trials."""
+    settings = {"experts_per_layer": slots, "policy": "lru", "cpu_experts": False, **ROWS[name]}
+    running: Any = _Naive(packed, device) if name == "naive" else _Ours(packed, device, options, settings)
+    try:
+        _advance(running, device, 0, WARM_UP)
+        starts = [WARM_UP + number * options.tokens for number in range(options.trials)]
+        trials = [_advance(running, device, start, options.tokens) for start in starts]
+    finally:
+        running.close()
+    seconds = statistics.median(trial[0] for trial in trials)
+    hits, requests, sent = (sum(counts) for counts in zip(*(trial[1] for trial in trials), strict=True))
+    per_token = sent / (options.tokens * options.trials)
+    return Row(
+        name=name,
+        slots=0 if name == "naive" else settings["experts_per_layer"],
+        tokens_per_s=options.tokens / seconds if seconds else float("inf"),
+        hit_rate=hits / requests if requests else 0.0,
+        bytes_up_per_token=per_token,
+        floor_tokens_per_s=link / per_token if per_token else float("inf"),
+        paper=PAPER.get((name, packed.manifest.settings["expert_bits"]), ()),
+        reason=running.reason(),
+    )
+
+
+class _Ours:
+    """An engine to take tokens one by one."""
+
+    def __init__(
+        self, packed: "PackedModel", device: "Device", options: argparse.Namespace, settings: "dict[str, Any]"
+    ) -> None:
+        from greenroom.engine import Engine
+
+        wanted = dataclasses.replace(shared.settings_of(options, context=2048), **settings)
+        if wanted.vram is None:
+            wanted = dataclasses.replace(wanted, vram=device.memory()[0])
+        self._engine = Engine(packed, wanted, device=device)
+        self.model = self._engine.model
+
+    def counts(self) -> "tuple[int, int, int]":
+        """(hits, requests, bytes sent) so far."""
+        metrics = self._engine.metrics()
+        return metrics.hits, metrics.requests, metrics.bytes_up
+
+    def reason(self) -> str:
+        """What was decided."""
+        return self._engine.placement()
+
+    def close(self) -> None:
+        """Stop."""
+        self._engine.close(remember=False)
+
+
+class _Naive:
+    """The same for whole layers moved by accelerate."""
+
+    def __init__(self, packed: "PackedModel", device: "Device") -> None:
+        from greenroom.naive import NaiveModel
+
+        self._naive = NaiveModel(packed, device)
+        self.model = self._naive.model
+
+    def counts(self) -> "tuple[int, int, int]":
+        """Nothing hits."""
+        return 0, 0, self._naive.bytes_up
+
+    def reason(self) -> str:
+        """Nothing is decided."""
+        return "whole layers, by accelerate"
+
+    def close(self) -> None:
+        """Let go of the model."""
+        del self._naive, self.model
+
+
+def _advance(running: Any, device: "Device", start: int, count: int) -> "tuple[float, list[int]]":
+    """(seconds, what `counts` added) for `count` tokens, one by one, after a prompt of eight that is left out."""
+    import torch
+
+    vocabulary = running.model.config.get_text_config().vocab_size
+    ids = torch.arange(start, start + count + 8) % vocabulary
+    with torch.no_grad():
+        out = running.model(ids[None, :8].to(device.place), use_cache=True, logits_to_keep=1)
+        device.synchronise(device.mark())
+        start_s, before = device.clock(), running.counts()
+        for token in ids[8:].tolist():
+            given = torch.tensor([[token]], device=device.place)
+            out = running.model(given, past_key_values=out.past_key_values, use_cache=True)
+        device.synchronise(device.mark())
+    added = [after - earlier for after, earlier in zip(running.counts(), before, strict=True)]
+    return device.clock() - start_s, added
+
+
+def _line(row: Row) -> str:
+    ratio = row.floor_tokens_per_s / row.tokens_per_s if row.tokens_per_s else float("inf")
+    name = row.name if row.name == "naive" else f"{row.name}, k = {row.slots}"
+    paper = f"; the paper's {PAPER_GPUS[0]} {row.paper[0]}, {PAPER_GPUS[-1]} {row.paper[-1]}" if row.paper else ""
+    return (
+        f"{name}: {row.tokens_per_s:.2f} tokens/s, {row.hit_rate:.0%} hits, "
+        f"{format_bytes(row.bytes_up_per_token)} per token, {ratio:.2f} times the floor's time{paper}"
+        + (f" ({row.reason})" if row.reason else "")
+    )

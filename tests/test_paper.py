@@ -1,0 +1,85 @@
+"""The paper's table, at a small scale on a fake device."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from greenroom.cli import main, paper
+from greenroom.config import EngineSettings
+from greenroom.device import FakeDevice
+from greenroom.engine import Engine
+from greenroom.errors import ConfigError
+from greenroom.packed import PackedModel
+from on_device import VRAM
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("greenroom.device.find_gpu", lambda: FakeDevice(link_bytes_per_s=1e8))
+
+
+def bench(packed: PackedModel, capsys: pytest.CaptureFixture[str], *more: str) -> "tuple[list[str], dict[str, Any]]":
+    command = ["bench", str(packed.folder), "--paper", "--tokens", "6", "--trials", "1", "--json", *more]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.strip().split("\n")
+    return lines[:-1], json.loads(lines[-1])
+
+
+def test_the_papers_rows(packed4: PackedModel, capsys: pytest.CaptureFixture[str], a_gpu: None) -> None:
+    pytest.importorskip("accelerate")
+    lines, report = bench(packed4, capsys)
+    names = [(row["name"], row["slots"]) for row in report["rows"]]
+    assert names == [
+        *(("full", 2), ("full", 4), ("without prefetch", 2), ("without prefetch", 4)),
+        *(("without cache and prefetch", 0), ("naive", 0), ("greenroom's defaults", 2), ("greenroom's defaults", 4)),
+    ]
+    rows = {(row["name"], row["slots"]): row for row in report["rows"]}
+    # what is sent follows from the rows' own rules
+    record, layers = packed4.manifest.experts[0].record_nbytes, len(packed4.manifest.experts)
+    assert rows["naive", 0]["bytes_up_per_token"] == layers * 6 * record
+    assert rows["without cache and prefetch", 0]["hit_rate"] == 0 < rows["without prefetch", 2]["hit_rate"]
+    assert rows["without prefetch", 2]["hit_rate"] < rows["without prefetch", 4]["hit_rate"]
+    for row in report["rows"]:
+        if row["name"] != "greenroom's defaults":
+            assert row["tokens_per_s"] <= 1.01 * row["floor_tokens_per_s"] or row["name"] == "naive"
+        assert row["paper"] == []  # the paper has no 4 bits
+    assert sum("times the floor's time" in line for line in lines) == len(names)
+
+
+def test_the_papers_figures_stand_beside_its_bits() -> None:
+    assert paper.PAPER["full", 2][0] == 3.061 and paper.PAPER["naive", 3][-1] == 0.58
+    for bits in (2, 3):
+        full, naive = paper.PAPER["full", bits], paper.PAPER["naive", bits]
+        assert all(2 < one / other < 3.5 for one, other in zip(full, naive, strict=True))
+
+
+def test_naive_offloading_computes_the_same(packed4: PackedModel) -> None:
+    pytest.importorskip("accelerate")
+    from greenroom.naive import NaiveModel
+
+    ours = Engine(packed4, EngineSettings(experts_per_layer=2, vram=VRAM, cpu_experts=False), device=FakeDevice())
+    prompt = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        theirs = NaiveModel(packed4, FakeDevice()).model(prompt).logits
+        torch.testing.assert_close(theirs, ours.model(prompt).logits, rtol=1e-4, atol=1e-4)
+    ours.close()
+
+
+def test_without_accelerate_it_says_so(packed4: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from greenroom.naive import NaiveModel
+
+    monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
+    with pytest.raises(ConfigError, match="pip install accelerate"):
+        NaiveModel(packed4, FakeDevice())
+
+
+def test_the_links_rate() -> None:
+    assert paper.link_bandwidth(FakeDevice(link_bytes_per_s=5e9)) == pytest.approx(5e9)
+
+
+def test_no_gpu_is_one_line(packed4: PackedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(packed4.folder), "--paper"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--vram needs" in error
