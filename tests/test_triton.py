@@ -1,10 +1,12 @@
 """The GPU's kernels against the reference, which defines the arithmetic: in Triton's interpreter, or on a GPU where
 there is one."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from greenroom.kernels import Activation, ExpertTask, reference
@@ -19,9 +21,11 @@ from greenroom.kernels import device
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(bool(device.unusable(ON)), reason=device.unusable(ON))
 
-TOLERANCE = 3e-4
+ROUNDING = {torch.float32: 3e-4, torch.float16: 3e-3, torch.bfloat16: 2.4e-2}
+"""Of the largest output, where weights and what lies between the products are rounded to the activations' dtype."""
+TOLERANCE = ROUNDING[torch.float32]
 """Of the largest output: codes are summed above 1 in a float's mantissa, which loses 2^-15 of a code at most."""
-K = 2
+K = 3
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +33,7 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's cost is per program."""
     if ON == "cpu":
         monkeypatch.setattr(device, "_ROWS", 64)
+        monkeypatch.setattr(device, "_FEW_TOKENS", 1)
         monkeypatch.setattr(device, "_BLOCK", 4096)
 
 
@@ -125,10 +130,10 @@ def test_linear_answers_in_the_activations_dtype(dtype: torch.dtype) -> None:
     found = linear(x, packed, 9, 128, format, None)
     assert found.dtype == dtype
     wanted = reference.linear(x.float(), packed, 9, 128, format)
-    assert distance(found.float(), wanted) < torch.finfo(dtype).eps
+    assert distance(found.float(), wanted) < ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
 @pytest.mark.parametrize("format", [FORMATS[0], FORMATS[6], FORMATS[9], FORMATS[13], FORMATS[16]], ids=lambda f: f.name)
 def test_token_equals_the_reference(format: Format, tokens: int) -> None:
     hidden, inner, experts = 80, 56, 5
@@ -159,11 +164,13 @@ def test_every_gate(kind: str, tokens: int, biased: bool) -> None:
     assert distance(wanted_pairs(x, arena, slots, its, other), wanted) > 3 * TOLERANCE
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+)
 @given(
     format=st.sampled_from(FORMATS),
-    hidden=st.integers(2, 12).map(lambda eights: 8 * eights),
-    inner=st.integers(1, 12).map(lambda eights: 8 * eights),
+    hidden=st.integers(2, 150),
+    inner=st.integers(1, 90),
     tokens=st.integers(1, 4),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     seed=st.integers(0, 99),
@@ -192,7 +199,32 @@ def test_slots_and_turns_change_no_bit(
     wanted = (
         wanted_pairs(x.cpu(), arena.cpu(), slots.cpu(), its, Activation(gate=swiglu)) * weights.cpu().unsqueeze(-1)
     ).sum(1)
-    assert distance(whole.cpu(), wanted, typical=1e-3) < TOLERANCE
+    assert distance(whole.cpu(), wanted, typical=1e-3) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("format", [FORMATS[0], FORMATS[6], FORMATS[9], FORMATS[16]], ids=lambda f: f.name)
+def test_a_prompt_equals_the_reference(format: Format) -> None:
+    """Experts in two calls, the second first: each pair's row, and their sum."""
+    hidden, inner, tokens, experts = 80, 41, 25, 3
+    its, arena, x = layout(hidden, inner, format), arena_of(hidden, inner, format, experts), vectors(tokens, hidden)
+    chosen = torch.stack([torch.randperm(experts)[:2] for _ in range(tokens)]).sort(1).values
+    order = chosen.flatten().argsort(stable=True)
+    rows, ends = (order // 2).to(torch.int32), chosen.flatten().bincount(minlength=experts).cumsum(0).tolist()
+    spans = [device.Span(e, start, end - start) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
+    out = torch.full((2 * tokens, hidden), float("nan"), device=ON)
+    for part in (spans[1:], spans[:1]):
+        device.prompt(x.to(ON), arena.to(ON), part, rows.to(ON), its, "silu_and_mul", out)
+    activation = Activation(gate=swiglu)
+    for span in spans:
+        task = ExpertTask(arena[span.slot], rows[span.start : span.start + span.count].long())
+        wanted = reference.experts(x, [task], its, activation)[0]
+        assert distance(out[span.start : span.start + span.count].cpu(), wanted) < TOLERANCE
+        swapped = dataclasses.replace(task, record=arena[(span.slot + 1) % experts])  # negative control
+        assert distance(reference.experts(x, [swapped], its, activation)[0], wanted) > 100 * TOLERANCE
+    weights, places = torch.rand(tokens, 2), order.argsort().view(tokens, 2).to(torch.int32)
+    total = device.combine(out, places.to(ON), weights.to(ON)).cpu()
+    wanted = (wanted_pairs(x, arena, chosen, its, activation) * weights.unsqueeze(-1)).sum(1)
+    assert distance(total, wanted) < TOLERANCE
 
 
 def test_absent_pairs_stay_untouched() -> None:

@@ -38,6 +38,14 @@ _ONE = 0x3F800000
 """1.0 as bits, handed over at run time so that compilers keep it in a register."""
 _ROWS = 8
 """Rows that a warp multiplies at once; half of them where that leaves multiprocessors idle."""
+_FEW_TOKENS = 4
+"""Up to so many, vectors are multiplied one by one: three or four cost the instructions of sixteen together."""
+_BLOCKS = (16, 32, 64)
+"""Vectors that the matrix units take at once."""
+_COLUMNS = 64
+"""Rows of a matrix, columns of its result, that one program of these computes."""
+_UNITS = 2
+"""Units of 16 columns that it dequantises at a time."""
 _BLOCK = 256
 """Columns that one program of the small kernels handles."""
 
@@ -45,6 +53,7 @@ _absent = ""
 try:
     import triton
 
+    from greenroom.kernels.gpu import matrix as _matrix
     from greenroom.kernels.gpu import pairs as _pairs
     from greenroom.kernels.gpu import vector as _vector
 
@@ -93,8 +102,6 @@ def declines(layout: "Sequence[RecordTensor]", activation: Activation) -> str:
         return "the family's own gate is Python"
     if activation.after is not None:
         return "a norm follows the experts"
-    if any(tensor.format.bits == 16 and tensor.cols % 8 for tensor in layout[:2]):
-        return "16-bit rows that are no multiple of 16 bytes"
     return ""
 
 
@@ -146,16 +153,14 @@ def pairs(
     """
     tokens, top_k = slots.shape
     assert tokens <= MOST_TOKENS, f"{tokens} tokens are a prompt"
-    first, second, *biases = layout
-    inner, outer = biases or (None, None)
-    gate = _gate(kind)
+    count, second, slots = tokens * top_k, layout[1], slots.contiguous()
     if out is None:
         out = torch.empty((tokens, top_k, second.rows), dtype=torch.float32, device=x.device)
-    middle = torch.empty(
-        (tokens * top_k, _width(second.cols, second.format.bits)), dtype=torch.float32, device=x.device
-    )
-    _vectors(_arranged(x, first), arena, slots, top_k, first, inner, gate, middle, second)
-    _vectors(middle, arena, slots, 1, second, outer, _gate("identity"), out.view(tokens * top_k, -1), None)
+    if tokens <= _FEW_TOKENS and all(_fits_vectors(matrix) for matrix in layout[:2]):
+        _apart(x, arena, slots, layout, kind, out.view(count, -1))
+    else:
+        work = _Sharing(slots, tokens, top_k)
+        _several(x, arena, work, layout, kind, out.view(count, -1))
     return out
 
 
@@ -173,7 +178,14 @@ def prompt(
     x [T, H]; rows int32 [P], the token of each pair, pairs sorted by expert; out float32 [P, H]. Pairs of other experts
     stay untouched: calls follow the experts as they cross the link, in any order.
     """
-    raise NotImplementedError
+    largest = max(span.count for span in spans)
+    block = _block(largest, x.device)
+    tasks = [
+        (span.slot, start, min(block, span.start + span.count - start))
+        for span in spans
+        for start in range(span.start, span.start + span.count, block)
+    ]
+    _several(x, arena, _Tasks(torch.tensor(tasks, dtype=torch.int32).to(x.device), rows, block), layout, kind, out)
 
 
 def combine(out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -191,8 +203,92 @@ def linear(
     """x [n, cols] times the packed [rows, cols] matrix, transposed: [n, rows] in x's dtype, plus `bias` [rows]."""
     matrix = RecordTensor(name="", rows=rows, cols=cols, offset=0, format=format)
     out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
-    _vectors(_arranged(x, matrix), packed, None, 1, matrix, None, _gate("identity"), out, None)
+    if len(x) <= _FEW_TOKENS and _fits_vectors(matrix):
+        _vectors(_arranged(x, matrix), packed, None, 1, matrix, None, _gate("identity"), out, None)
+    else:
+        block = _block(len(x), x.device)
+        tasks = [(0, start, min(block, len(x) - start)) for start in range(0, len(x), block)]
+        work = _Tasks(torch.tensor(tasks, dtype=torch.int32).to(x.device), None, block)
+        _matrices(_multiplied(x), packed, work, 1, matrix, None, _gate("identity"), out)
     return out if bias is None else out.add_(bias)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Sharing:
+    """Pairs of a few tokens, found out on the device: the pairs of a slot are computed together."""
+
+    slots: torch.Tensor
+    tokens: int
+    top_k: int
+
+    def arguments(self, per_vector: int) -> "dict[str, Any]":
+        """What `matrix.products` wants to know; per_vector: pairs that share a vector of its input."""
+        return {
+            "slots": self.slots, "tasks": None, "vectors": None, "tokens": self.tokens, "per_vector": per_vector,
+            "K": self.top_k, "KS": triton.next_power_of_2(self.top_k), "BM": MOST_TOKENS,
+        }  # fmt: skip
+
+    @property
+    def programs(self) -> int:
+        """The second dimension of the grid."""
+        return self.tokens * self.top_k
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Tasks:
+    """Work cut on the host: int32 [n, 3], a slot and up to `block` pairs each; and the pairs' vectors, if not their own."""
+
+    table: torch.Tensor
+    vectors: "torch.Tensor | None"
+    block: int
+
+    def arguments(self, per_vector: int) -> "dict[str, Any]":
+        """As `_Sharing`'s."""
+        own = per_vector == 1
+        return {
+            "slots": None, "tasks": self.table, "vectors": None if own else self.vectors, "tokens": 0,
+            "per_vector": 1, "K": 1, "KS": 1, "BM": self.block,
+        }  # fmt: skip
+
+    @property
+    def programs(self) -> int:
+        """The second dimension of the grid."""
+        return len(self.table)
+
+
+def _apart(
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    slots: torch.Tensor,
+    layout: "Sequence[RecordTensor]",
+    kind: str,
+    out: torch.Tensor,
+) -> None:
+    """Pairs one by one, out [P, H]; experts that tokens share come out of the cache again."""
+    first, second, *biases = layout
+    inner, outer = biases or (None, None)
+    width = _width(second.cols, second.format.bits)
+    middle = torch.empty((len(out), width), dtype=torch.float32, device=x.device)
+    _vectors(_arranged(x, first), arena, slots, slots.shape[1], first, inner, _gate(kind), middle, second)
+    _vectors(middle, arena, slots, 1, second, outer, _gate("identity"), out, None)
+
+
+def _several(
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    work: "_Sharing | _Tasks",
+    layout: "Sequence[RecordTensor]",
+    kind: str,
+    out: torch.Tensor,
+) -> None:
+    """Pairs of several tokens, out [P, H]."""
+    first, second, *biases = layout
+    inner, outer = biases or (None, None)
+    x = _multiplied(x)
+    middle = torch.empty((len(out), second.cols), dtype=x.dtype, device=x.device)
+    shared = work.top_k if isinstance(work, _Sharing) else 0
+    _matrices(x, arena, work, shared, first, inner, _gate(kind), middle)
+    _matrices(middle, arena, work, 1, second, outer, _gate("identity"), out)
 
 
 def _sum(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, own: bool) -> torch.Tensor:
@@ -227,8 +323,9 @@ def _vectors(
 ) -> None:
     """Arranged vectors x times each pair's matrix: out [pairs, …], arranged for the matrix `after` if there is one."""
     outputs = matrix.rows if gate["FORM"] == "alone" else matrix.rows // 2
-    tiles = triton.cdiv(matrix.rows, _ROWS)
-    rows = _ROWS if len(out) * tiles >= _enough(x.device) else _ROWS // 2
+    warps = len(out) * triton.cdiv(matrix.rows, _ROWS)
+    few_registers = matrix.format.bits != 3
+    rows = _ROWS if warps >= _enough(x.device) and few_registers else _ROWS // 2
     _vector.products[(len(out), triton.cdiv(matrix.rows, rows))](
         x,
         arena,
@@ -251,6 +348,62 @@ def _vectors(
         **gate,
         num_warps=1,
     )
+
+
+def _matrices(
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    work: "_Sharing | _Tasks",
+    per_vector: int,
+    matrix: RecordTensor,
+    bias: "RecordTensor | None",
+    gate: "dict[str, Any]",
+    out: torch.Tensor,
+) -> None:
+    """Vectors x [n, cols] times each pair's matrix: out [pairs, outputs]."""
+    _matrix.products[(triton.cdiv(matrix.rows, _COLUMNS), work.programs)](
+        x=x,
+        arena=arena,
+        out=out,
+        record_nbytes=arena.stride(0) if arena.dim() == 2 else 0,
+        offset=matrix.offset,
+        bias=bias.offset if bias else 0,
+        cols=matrix.cols,
+        matrix_rows=matrix.rows,
+        outputs=out.shape[1],
+        **work.arguments(per_vector),
+        **_parts(matrix),
+        BIAS=bias is not None,
+        BIAS_IS_FLOAT16=bias is not None and bias.format.dtype == "float16",
+        BN=_COLUMNS,
+        UNITS=_UNITS,
+        **gate,
+        num_warps=4,
+    )
+
+
+def _multiplied(x: torch.Tensor) -> torch.Tensor:
+    """x in a dtype that the device's matrix units take, or in float32."""
+    if x.dtype == torch.bfloat16 and not _has_matrix_units(x.device):
+        return x.to(torch.float32)
+    return x.contiguous()
+
+
+def _block(vectors: int, device: torch.device) -> int:
+    """How many of so many vectors of an expert are multiplied at once."""
+    sizes = _BLOCKS if _has_matrix_units(device) else _BLOCKS[:1]
+    return next((size for size in sizes if size >= vectors), sizes[-1])
+
+
+@functools.cache
+def _has_matrix_units(device: torch.device) -> bool:
+    """That Triton multiplies bfloat16 with, too: not before Ampere, and not in the interpreter."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _fits_vectors(matrix: RecordTensor) -> bool:
+    """Whether a warp's 16-byte reads meet whole rows."""
+    return matrix.format.bits != 16 or matrix.cols % 8 == 0
 
 
 @functools.lru_cache(maxsize=256)

@@ -22,13 +22,11 @@ def unit(chunk, lane: tl.constexpr, LANES: tl.constexpr):
 @triton.jit
 def place(column, BITS: tl.constexpr):
     """Where an arranged vector holds a column: in tiles of 32 chunks, a plane of 32 for every word, byte and lane."""
+    LANES: tl.constexpr = 1 if BITS >= 8 else 4 if BITS == 3 else 8 // BITS  # codes of a byte
+    PARTS: tl.constexpr = 2 if BITS == 16 else 4
     if BITS == 16:
         chunk, word, part, lane = column // 8, column % 8 // 2, column % 2, 0
-        LANES: tl.constexpr = 1
-        PARTS: tl.constexpr = 2
     else:
-        LANES: tl.constexpr = 4 if BITS == 3 else 8 // BITS
-        PARTS: tl.constexpr = 4
         SPAN: tl.constexpr = 64 // LANES  # columns of a lane in a block
         lane, within = column % 64 // SPAN, column % SPAN
         chunk, word, part = column // 64 * (4 // LANES) + within // 16, within % 16 // 4, within % 4
@@ -40,8 +38,10 @@ def place(column, BITS: tl.constexpr):
 def half(bits, IS_FLOAT16: tl.constexpr):
     """float32 of raw 16-bit values, in the low half of int32: float16 or bfloat16."""
     if IS_FLOAT16:
-        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return (bits << 16).to(tl.float32, bitcast=True)
+        value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        value = (bits << 16).to(tl.float32, bitcast=True)
+    return value
 
 
 @triton.jit

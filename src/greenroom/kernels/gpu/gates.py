@@ -8,17 +8,19 @@ import triton.language as tl
 def apply(x, FUNCTION: tl.constexpr, ALPHA: tl.constexpr):
     """The function alone, of float32; ALPHA is silu's."""
     if FUNCTION == "silu":
-        return x * tl.sigmoid(x * ALPHA)
-    if FUNCTION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    if FUNCTION == "gelu_tanh":  # tanh(y) = 2 sigmoid(2 y) - 1, and y = sqrt(2 / pi) (x + 0.044715 x^3)
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    if FUNCTION == "relu":
-        return tl.where(x <= 0, 0.0, x)  # and what is no number stays so
-    if FUNCTION == "relu2":
-        return tl.where(x <= 0, 0.0, x) * x
-    tl.static_assert(FUNCTION == "identity", "unknown function")
-    return x
+        y = x * tl.sigmoid(x * ALPHA)
+    elif FUNCTION == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif FUNCTION == "gelu_tanh":  # tanh(y) = 2 sigmoid(2 y) - 1, and y = sqrt(2 / pi) (x + 0.044715 x^3)
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif FUNCTION == "relu":
+        y = tl.where(x <= 0, 0.0, x)  # and what is no number stays so
+    elif FUNCTION == "relu2":
+        y = tl.where(x <= 0, 0.0, x) * x
+    else:
+        tl.static_assert(FUNCTION == "identity", "unknown function")
+        y = x
+    return y
 
 
 @triton.jit

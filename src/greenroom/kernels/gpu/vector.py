@@ -21,8 +21,10 @@ def weight(shifted, high, one, bit: tl.constexpr, lane: tl.constexpr, BITS: tl.c
         low = (
             shifted & (3 << (14 + 2 * lane)) ^ one
         )  # not |, which compilers would sort so that a mask costs its own operation
-        return (raised & (4 << (14 + 2 * lane)) | low).to(tl.float32, bitcast=True)
-    return (shifted & ((1 << BITS) - 1 << (15 + BITS * lane)) | one).to(tl.float32, bitcast=True)
+        made = raised & (4 << (14 + 2 * lane)) | low
+    else:
+        made = shifted & ((1 << BITS) - 1 << (15 + BITS * lane)) | one
+    return made.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -173,5 +175,5 @@ def products(
     tl.store(out + pair * out_width + place, y, mask=column < outputs)
     if OUT_BITS and tl.program_id(1) == tl.num_programs(1) - 1:
         for start in range(outputs, out_width, 128):
-            column = start + tl.arange(0, 128)
-            tl.store(out + pair * out_width + bits.place(column, OUT_BITS), 0.0, mask=column < out_width)
+            padding = start + tl.arange(0, 128)
+            tl.store(out + pair * out_width + bits.place(padding, OUT_BITS), 0.0, mask=padding < out_width)
