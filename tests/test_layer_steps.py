@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from greenroom.device_runner import DeviceRunner
 from greenroom.engine import Engine
+from greenroom.layer_steps import _Memo
 from greenroom.tiers import SlotTable
 from on_device import Engines, Timed
 from test_engine import EXPERTS, LAYERS, SHORT, same
@@ -69,6 +70,18 @@ def test_nothing_of_it_shows(
         metrics = engine.metrics()
         found.append((engine.runner.trace, metrics.hits, metrics.misses))
     assert found[0] == found[1], "the cache sees the same requests either way"
+
+
+@pytest.mark.parametrize("fixed", [0, 1, 2])
+def test_a_layer_that_cannot_be_taken_again_waits(
+    expected: "list[torch.Tensor]", device_engines: Engines, monkeypatch: pytest.MonkeyPatch, fixed: int
+) -> None:
+    """As one with a recurrent state, between others."""
+    monkeypatch.setattr(_Memo, "whole", property(lambda memo: memo._layer is not None and memo._number != fixed))
+    engine = ahead(device_engines(experts_per_layer=2))
+    for _ in range(3):
+        assert same(decoded(engine.model), expected)
+    assert (engine.steps.launched > 0) == (fixed > 0)
 
 
 def wrong(runner: DeviceRunner) -> "Callable[[Any], bool]":

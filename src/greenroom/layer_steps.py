@@ -64,6 +64,11 @@ class LayerSteps:
             else:
                 self._chained += hidden is _first(self._last_out)
             ahead = self._goes_ahead(number, hidden, memo)
+            if (
+                self._previous is not None and not ahead
+            ):  # this layer cannot be taken again: what it gets has to be right
+                self._settle(self._previous)
+                self._previous = None
             before = self._runner.metrics.misses
             launched = self._take(lambda: forward(*args, **kwargs), memo, ahead)
             if ahead:
