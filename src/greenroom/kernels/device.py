@@ -236,8 +236,7 @@ class _Sharing:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Tasks:
-    """Work cut on the host: int32 [n, 3], a slot and up to `block` pairs each; and the pairs' vectors, if not their
-    own."""
+    """Work cut on the host: int32 [n, 3], a slot and up to `block` pairs each; and each pair's vector, or its own."""
 
     table: torch.Tensor
     vectors: "torch.Tensor | None"

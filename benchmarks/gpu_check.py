@@ -1,0 +1,120 @@
+"""Every GPU kernel against the reference in float32: python -m benchmarks.gpu_check [--small]
+
+Fresh random inputs, outputs poisoned first, errors as ‖out − wanted‖ / ‖wanted‖. Prints the worst of each format; ends
+with status 1 where one is beyond what the activations' dtype explains. `--small` is for compute-sanitizer.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.kernels import Model, layout
+from greenroom.kernels import Activation, ExpertTask, device, reference
+from greenroom.packed import RecordTensor
+from greenroom.quant import Format, quantize
+
+FORMATS = [Format.of(4), Format.of(3), Format.of(2)]
+"""The defaults, first; then the others."""
+FORMATS += [Format(bits=bits, group_size=group) for bits in (2, 3, 4, 8) for group in (16, 32, 64, 128)]
+FORMATS += [Format(bits=16, group_size=0, dtype=dtype) for dtype in ("bfloat16", "float16")]
+FORMATS = list(dict.fromkeys(FORMATS))
+ALLOWED = {torch.float32: 3e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+SWIGLU = Activation(gate=lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], kind="silu_and_mul")
+ODD = Model("odd", 328, 203, 3)
+"""Neither whole blocks nor whole tiles."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """How far one kernel is from the reference."""
+
+    kernel: str
+    format: str
+    dtype: str
+    error: float
+
+    @property
+    def right(self) -> bool:
+        """Whether rounding explains it; what is no number is never right."""
+        return self.error < ALLOWED[getattr(torch, self.dtype)]
+
+
+def records(model: Model, format: Format, count: int, on: torch.device) -> "tuple[torch.Tensor, list[RecordTensor]]":
+    """uint8 [count, record_nbytes] of random experts, and their layout."""
+    its = layout(model, format)
+    made = [
+        torch.cat([quantize(torch.randn(t.rows, t.cols) / t.cols**0.5, t.format) for t in its]) for _ in range(count)
+    ]
+    return torch.stack(made).to(on), its
+
+
+def check(
+    format: Format, dtype: torch.dtype, tokens: "Sequence[int]", on: torch.device, model: Model = ODD
+) -> "Iterator[Checked]":
+    """The decode kernels for each number of tokens, the prompt's, and a dense linear."""
+    experts = 4
+    arena, its = records(model, format, experts, on)
+    most = max(tokens)
+    x = torch.randn(most, model.hidden, device=on).to(dtype)
+    slots = torch.stack([torch.randperm(experts)[: model.top_k] for _ in range(most)]).to(on, torch.int32)
+    weights = torch.rand(most, model.top_k, device=on)
+    wanted = torch.stack([_pair(x, arena, its, t, slot) for t, row in enumerate(slots.tolist()) for slot in row])
+    wanted = wanted.view(most, model.top_k, -1)
+    total = (wanted * weights.unsqueeze(-1)).sum(1)
+    named = {"format": format.name, "dtype": str(dtype).removeprefix("torch.")}
+    for count in tokens:
+        if count <= device.MOST_TOKENS:
+            out = device.token(x[:count], arena, slots[:count], weights[:count], its, SWIGLU.kind)
+            yield Checked(f"token {count}", error=_error(out, total[:count]), **named)
+    out = torch.full((most * model.top_k, model.hidden), float("nan"), device=on)
+    flat = slots.flatten()
+    order = flat.argsort(stable=True)
+    ends = flat.long().bincount(minlength=experts).cumsum(0).tolist()
+    spans = [device.Span(e, s, end - s) for e, (s, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > s]
+    device.prompt(x, arena, spans, (order // model.top_k).to(torch.int32), its, SWIGLU.kind, out)
+    yield Checked("prompt", error=_error(out, wanted.flatten(0, 1)[order]), **named)
+    places = order.argsort().view(most, model.top_k).to(torch.int32)
+    yield Checked("combine", error=_error(device.combine(out, places, weights), total), **named)
+    first = its[0]
+    out = device.linear(x, first.part(arena[0]), first.rows, first.cols, format)
+    exact = reference.linear(x.float(), first.part(arena[0]), first.rows, first.cols, format)
+    yield Checked("linear", error=_error(out.float(), exact), **named)
+
+
+def _pair(x: torch.Tensor, arena: torch.Tensor, its: "list[RecordTensor]", t: int, slot: int) -> torch.Tensor:
+    task = ExpertTask(arena[slot], torch.tensor([t], device=x.device))
+    return reference.experts(x.float(), [task], its, SWIGLU)[0][0]
+
+
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def main() -> int:
+    """Check and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
+    parser.add_argument("--small", action="store_true", help="the default formats in float16 alone")
+    options = parser.parse_args()
+    if reason := device.unusable():
+        print(f"the GPU's kernels cannot run: {reason}", file=sys.stderr)
+        return 2
+    on = torch.device("cuda")
+    dtypes = [torch.float16] if options.small else [torch.float16, torch.bfloat16, torch.float32]
+    found = []
+    for format in FORMATS[:3] if options.small else FORMATS:
+        for dtype in dtypes:
+            found += list(check(format, dtype, (1, 7, 40), on))
+        worst = max(found[-len(dtypes) * 5 :], key=lambda one: one.error)
+        print(f"{format.name:18} worst {worst.error:.1e} ({worst.kernel}, {worst.dtype})", flush=True)
+    wrong = [dataclasses.asdict(one) for one in found if not one.right]
+    print(json.dumps({"checked": len(found), "wrong": wrong}))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""All that a GPU has to show, in one call of under nine minutes: python -m benchmarks.gpu_suite [--out F] [--seconds N]
+
+Floors first, then what the kernels get wrong (nothing), then their shares of the floors, peers, and compute-sanitizer
+over a small check. Parts that fail or find no time say so in the result, and the others go on. Writes
+benchmarks/results/<gpu>.json; a short table comes last. Without a GPU it ends with status 2 and one line.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu_check, gpu_kernels, gpu_peers
+from benchmarks.gpu_clock import Clock, GpuClock
+from benchmarks.kernels import MODELS
+from greenroom.kernels import device
+from greenroom.quant import Format
+
+SECONDS = 480
+ROOT = Path(__file__).parent.parent
+Result = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Box:
+    """The device, its clock, and when to stop; `result` grows from part to part."""
+
+    on: torch.device
+    clock: Clock
+    ends: float
+    result: Result
+    now: "Callable[[], float]" = time.monotonic
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.ends - self.now()
+
+    def lines(self, part: str) -> "list[Result]":
+        """The table that a part fills."""
+        made: list[Result] = self.result.setdefault(part, [])
+        return made
+
+
+Part = tuple[str, Callable[[Box], None]]
+
+
+def floors(box: Box) -> None:
+    """What everything else is a share of."""
+    box.result["floors"] = gpu_kernels.floors(box.clock, box.on)
+
+
+def defaults_right(box: Box) -> None:
+    """The formats that are timed below, in every dtype."""
+    for format in gpu_check.FORMATS[:3]:
+        _check(box, format)
+
+
+def decode(box: Box) -> None:
+    """1, 4 and 16 tokens, then variants to choose constants by."""
+    for model, format, tokens, variant in gpu_kernels.cases():
+        if box.left < 0.4 * SECONDS:
+            box.result["decode_cut"] = True
+            return
+        layers = 2
+        line = gpu_kernels.decode(box.clock, box.on, _rate(box), model, format, tokens, layers, variant)
+        box.lines("decode").append(line)
+        torch.cuda.empty_cache()
+
+
+def prompts(box: Box) -> None:
+    """A chunk of 512 tokens through all experts of a layer."""
+    rate = box.result["floors"]["matmul_tflops"]
+    for model in MODELS:
+        for format in gpu_kernels.FORMATS:
+            experts = gpu_kernels.EXPERTS[model.name]
+            box.lines("prompt").append(gpu_kernels.prompt(box.clock, box.on, rate, model, format, 512, experts))
+
+
+def peers(box: Box) -> None:
+    """One dense matrix of Mixtral's size, and the same with others' kernels."""
+    box.lines("linear").append(gpu_kernels.linear(box.clock, box.on, _rate(box), 28672, 4096, Format.of(4)))
+    for line in gpu_peers.lines(box.clock, box.on, _rate(box), 28672, 4096):
+        box.lines("linear").append(line)
+
+
+def sanitizer(box: Box) -> None:
+    """compute-sanitizer's memcheck over a small check, in a process of its own."""
+    tool = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+    if tool is None:
+        box.result["sanitizer"] = "compute-sanitizer is not installed"
+        return
+    command = [tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_check", "--small"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(30.0, 0.6 * box.left))
+    except subprocess.TimeoutExpired:
+        box.result["sanitizer"] = "not finished in time"
+        return
+    clean = done.returncode == 0
+    box.result["sanitizer"] = "clean" if clean else f"status {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
+
+
+def all_right(box: Box) -> None:
+    """The other formats, as far as time goes."""
+    for format in gpu_check.FORMATS[3:]:
+        if box.left < 20:
+            box.result["check_cut"] = True
+            return
+        _check(box, format)
+
+
+PARTS: list[Part] = [
+    ("floors", floors),
+    ("correctness of the defaults", defaults_right),
+    ("decode", decode),
+    ("prompts", prompts),
+    ("peers", peers),
+    ("sanitizer", sanitizer),
+    ("correctness of all formats", all_right),
+]
+"""Name and function of every part, in order. What measures the tier appends its own."""
+
+
+def _check(box: Box, format: Format) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for one in gpu_check.check(format, dtype, (1, 7, 40), box.on):
+            box.lines("check").append(dataclasses.asdict(one) | {"right": one.right})
+
+
+def _rate(box: Box) -> float:
+    return float(box.result["floors"]["copy_gb_per_s"])
+
+
+def run(box: Box, parts: "Sequence[Part]" = PARTS) -> Result:
+    """All parts into box.result; one that fails leaves its error there."""
+    for name, part in parts:
+        start = box.now()
+        try:
+            if box.left > 0:
+                part(box)
+            else:
+                box.lines("failed").append({"part": name, "error": "no time left"})
+        except Exception as error:  # the others still have something to say
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            box.lines("failed").append({"part": name, "error": traceback.format_exc()[-3000:]})
+        box.result.setdefault("seconds", {})[name] = round(box.now() - start, 1)
+        print(f"{name}: {box.now() - start:.0f} s", file=sys.stderr, flush=True)
+    return box.result
+
+
+def table(result: Result) -> str:
+    """A screenful."""
+    rows = ["floors  " + "  ".join(f"{name} {value:.0f}" for name, value in result.get("floors", {}).items())]
+    checked = result.get("check", [])
+    wrong = [
+        f"{one['kernel']} {one['format']} {one['dtype']} {one['error']:.1e}" for one in checked if not one["right"]
+    ]
+    rows.append(f"checks  {len(checked)}, wrong {len(wrong)} {'; '.join(wrong[:4])}")
+    for line in result.get("decode", []):
+        rows.append(
+            f"decode  {line['model']:14} {line['format']:10} {line['tokens']:3} tokens {line['variant']:9}"
+            f"{line['us']:8.1f} us {line['gb_per_s']:6.0f} GB/s  share {line['share']:.2f}"
+        )
+    for line in result.get("prompt", []):
+        rows.append(
+            f"prompt  {line['model']:14} {line['format']:10} {line['each']:3} tokens an expert "
+            f"{line['ms']:8.2f} ms {line['tflops']:6.0f} TFLOP/s  share {line['share']:.2f}"
+        )
+    for line in result.get("linear", []):
+        measured = f"{line['us']:8.1f} us  share {line['share']:.2f}" if "us" in line else line["absent"]
+        rows.append(f"linear  {line['kernel']:14} {measured}")
+    rows.append(f"sanitizer  {str(result.get('sanitizer', 'not run')).splitlines()[0]}")
+    rows += [f"failed  {one['part']}: {one['error'].strip().splitlines()[-1]}" for one in result.get("failed", [])]
+    return "\n".join(rows)
+
+
+def main() -> int:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>.json")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="start nothing new after so long")
+    options = parser.parse_args()
+    if reason := device.unusable():
+        print(f"the GPU suite cannot run here: {reason}; run it on a machine with an NVIDIA GPU", file=sys.stderr)
+        return 2
+    on = torch.device("cuda")
+    name = torch.cuda.get_device_name(on)
+    out = options.out or ROOT / "benchmarks" / "results" / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    box = Box(on, GpuClock(), time.monotonic() + options.seconds, {"gpu": name, "kernels": device.describe(on)})
+    result = run(box)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+    return 1 if result.get("failed") or any(not one["right"] for one in result.get("check", [])) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

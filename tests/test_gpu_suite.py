@@ -1,0 +1,121 @@
+"""The GPU suite's own code, on a CPU: tiny shapes, Triton's interpreter, and a clock that calls once."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from benchmarks import gpu_check, gpu_kernels, gpu_peers, gpu_suite
+from benchmarks.kernels import Model
+
+from greenroom.kernels import device
+from greenroom.quant import Format
+
+CPU = torch.device("cpu")
+TINY = Model("tiny", 64, 32, 2)
+pytestmark = pytest.mark.skipif(bool(device.unusable("cpu")), reason=device.unusable("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's cost is per program."""
+    monkeypatch.setattr(device, "_ROWS", 64)
+    monkeypatch.setattr(device, "_BLOCK", 4096)
+
+
+class OnceClock:
+    """Calls everything once and says that it took a millisecond."""
+
+    def seconds(self, calls: "Sequence[Callable[[], Any]]", *, graph: bool = True) -> float:
+        for call in calls:
+            call()
+        return 1e-3
+
+
+def box(**result: Any) -> gpu_suite.Box:
+    return gpu_suite.Box(CPU, OnceClock(), ends=10.0, result=result, now=lambda: 0.0)
+
+
+def test_floors() -> None:
+    found = gpu_kernels.floors(OnceClock(), CPU, nbytes=1 << 16, side=64)
+    assert found["copy_gb_per_s"] == pytest.approx(2 * 65536 / 1e-3 / 1e9)
+    assert found["matmul_tflops"] == pytest.approx(2 * 64**3 / 1e-3 / 1e12)
+
+
+@pytest.mark.parametrize("variant,tokens", [("", 1), ("together", 2), ("rows 32", 1)])
+def test_decode(variant: str, tokens: int) -> None:
+    before = device._FEW_TOKENS, device._ROWS
+    line = gpu_kernels.decode(OnceClock(), CPU, 10.0, TINY, Format.of(4), tokens, 1, variant)
+    assert before == (device._FEW_TOKENS, device._ROWS)
+    its = gpu_kernels.arena(TINY, Format.of(4), 1, CPU)[1]
+    routes = gpu_kernels.routes(tokens, 2, 4, 8, 1, CPU)
+    each = sum(len(set(slots.flatten().tolist())) for slots in routes) / 8
+    assert line["gb_per_s"] == pytest.approx(each * sum(tensor.nbytes for tensor in its) / 1e-3 / 1e9)
+    assert line["share"] == pytest.approx(line["gb_per_s"] / 10.0)
+
+
+def test_prompt_linear_and_peers() -> None:
+    line = gpu_kernels.prompt(OnceClock(), CPU, 1.0, TINY, Format.of(2), 20, 4)
+    assert line["each"] == 10 and line["tflops"] == pytest.approx(6 * 64 * 32 * 40 / 1e-3 / 1e12)
+    assert gpu_kernels.linear(OnceClock(), CPU, 1.0, 16, 64, Format.of(3), count=1)["kernel"] == "greenroom"
+    peers = {line["kernel"]: line for line in gpu_peers.lines(OnceClock(), CPU, 1.0, 64, 1024, count=1)}
+    assert set(peers) == {"tinygemm", "gemlite"} and all("us" in line or "absent" in line for line in peers.values())
+
+
+def test_the_check_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model("tiny", 72, 33, 2)
+    found = list(gpu_check.check(Format.of(4), torch.float16, (1, 3, 20), CPU, model))
+    assert [one.kernel for one in found] == ["token 1", "token 3", "prompt", "combine", "linear"]
+    assert all(one.right for one in found), found
+    token = device.token
+    monkeypatch.setattr(device, "token", lambda x, *others: token(x.roll(1, 1), *others))  # negative control
+    found = list(gpu_check.check(Format.of(4), torch.float16, (1, 3, 20), CPU, model))
+    assert [one.right for one in found] == [False, False, True, True, True]
+
+
+def test_a_part_that_fails_leaves_the_others() -> None:
+    def bad(box: gpu_suite.Box) -> None:
+        raise RuntimeError("no such thing")
+
+    def good(box: gpu_suite.Box) -> None:
+        box.lines("linear").append({"kernel": "greenroom", "us": 3.0, "share": 0.5})
+
+    result = gpu_suite.run(box(), [("bad", bad), ("good", good)])
+    text = gpu_suite.table(result)
+    assert "failed  bad: RuntimeError: no such thing" in text and "greenroom" in text
+    late = box()
+    late.ends = -1.0
+    assert gpu_suite.run(late, [("good", good)])["failed"] == [{"part": "good", "error": "no time left"}]
+
+
+def test_the_table_of_everything() -> None:
+    clock = OnceClock()
+    result = {
+        "floors": gpu_kernels.floors(clock, CPU, nbytes=1 << 16, side=64),
+        "decode": [gpu_kernels.decode(clock, CPU, 10.0, TINY, Format.of(4), 1, 1)],
+        "prompt": [gpu_kernels.prompt(clock, CPU, 1.0, TINY, Format.of(4), 20, 4)],
+        "linear": list(gpu_peers.lines(clock, CPU, 1.0, 64, 1024, count=1)),
+        "check": [{"kernel": "token 1", "format": "4-bit g64", "dtype": "float16", "error": 1.0, "right": False}],
+        "sanitizer": "clean",
+    }
+    text = gpu_suite.table(result)
+    assert "wrong 1 token 1 4-bit g64 float16 1.0e+00" in text
+    assert [line.split()[0] for line in text.splitlines()] == [
+        "floors", "checks", "decode", "prompt", "linear", "linear", "sanitizer",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("module", ["gpu_suite", "gpu_check"])
+def test_without_a_gpu_it_ends_with_one_line(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}"], capture_output=True, text=True,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
