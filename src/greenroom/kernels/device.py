@@ -34,6 +34,7 @@ FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 OLDEST = (7, 5)
 """Compute capability: a T4's."""
 
+OLDEST_TRITON = (3, 4)
 _ONE = 0x3F800000
 """1.0 as bits, handed over at run time so that compilers keep it in a register."""
 _ROWS = 8
@@ -76,6 +77,8 @@ def unusable(device: "torch.device | str" = "cuda") -> str:
     device = torch.device(device)
     if _absent:
         return _absent
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return f"triton {triton.__version__} does not compile these kernels; it takes 3.4"
     if device.type == "cpu":
         return "" if _interpreted else "a CPU runs these kernels in Triton's interpreter alone"
     if device.type != "cuda" or not torch.cuda.is_available():

@@ -37,7 +37,7 @@ def scaled(
     group = of_row + (bits.unit(chunk, 0 if GROUP >= 64 else lane, LANES) // GROUP)[None, :]
     scale = scale_min + scale_step * tl.load(matrix + scale_codes + group).to(tl.float32)
     zero = zero_min + zero_step * tl.load(matrix + zero_codes + group).to(tl.float32)
-    return scale * (2**n * (sums - inputs[None, :]) - zero * inputs[None, :])
+    return scale * (2**n * (sums - inputs) - zero * inputs)
 
 
 @triton.jit
@@ -66,47 +66,48 @@ def times(
         )  # fmt: skip
         of_row = (rows * groups)[:, None]
     for first in range(0, chunks, bits.TILE):
-        wanted = first + tl.arange(0, bits.TILE)
-        chunk = tl.minimum(wanted, chunks - 1)  # what is beyond meets zeros of x
-        here = start_of_row + (chunk * WORDS)[None, :]
+        chunk = tl.minimum(first + tl.arange(0, bits.TILE), chunks - 1)  # what is beyond meets zeros of x
         if BITS == 3:  # 24 bytes: pairs are what is aligned
-            couple = words + here[:, :, None] + tl.arange(0, 2)[None, None, :]
-            word_0, word_1 = tl.split(tl.load(couple))
-            word_2, word_3 = tl.split(tl.load(couple + 2))
-            high_0, high_1 = tl.split(tl.load(couple + 4))
+            two = tl.arange(0, 2 * bits.TILE)
+            couple = words + start_of_row + (tl.minimum(first + two // 2, chunks - 1) * 6 + two % 2)[None, :]
+            word_0, word_1 = tl.split(tl.reshape(tl.load(couple), [ROWS, bits.TILE, 2]))
+            word_2, word_3 = tl.split(tl.reshape(tl.load(couple + 2), [ROWS, bits.TILE, 2]))
+            high_0, high_1 = tl.split(tl.reshape(tl.load(couple + 4), [ROWS, bits.TILE, 2]))
         else:
-            packed = tl.load(words + here[:, :, None] + tl.arange(0, 4)[None, None, :])
+            four = tl.arange(0, 4 * bits.TILE)
+            here = (tl.minimum(first + four // 4, chunks - 1) * 4 + four % 4)[None, :]
+            packed = tl.load(words + start_of_row + here)
             even, odd = tl.split(tl.reshape(packed, [ROWS, bits.TILE, 2, 2]))
             word_0, word_2 = tl.split(even)
             word_1, word_3 = tl.split(odd)
             high_0, high_1 = word_0, word_0
         sum_0 = tl.zeros([ROWS, bits.TILE], tl.float32)
         sum_1, sum_2, sum_3 = sum_0, sum_0, sum_0
-        in_0 = tl.zeros([bits.TILE], tl.float32)
+        in_0 = tl.zeros([1, bits.TILE], tl.float32)
         in_1, in_2, in_3 = in_0, in_0, in_0
-        values = x + first * (4 * PARTS * LANES) + tl.arange(0, bits.TILE)
+        values = x + first * (4 * PARTS * LANES) + tl.arange(0, bits.TILE)[None, :]
         for w in tl.static_range(4):
             word = word_0 if w == 0 else word_1 if w == 1 else word_2 if w == 2 else word_3
             for part in tl.static_range(PARTS):
                 plane = (w * PARTS + part) * LANES
                 if BITS == 16:
                     value = tl.load(values + plane * bits.TILE)
-                    sum_0 += bits.half(word >> (16 * part), IS_FLOAT16) * value[None, :]
+                    sum_0 += bits.half(word >> (16 * part), IS_FLOAT16) * value
                 else:
                     shifted = (word >> (8 * part - FIRST)) if 8 * part > FIRST else (word << (FIRST - 8 * part))
                     value = tl.load(values + plane * bits.TILE)
-                    sum_0 += weight(shifted, high_0, one, 4 * w + part, 0, BITS) * value[None, :]
+                    sum_0 += weight(shifted, high_0, one, 4 * w + part, 0, BITS) * value
                     in_0 += value
                     if LANES > 1:
                         value = tl.load(values + (plane + 1) * bits.TILE)
-                        sum_1 += weight(shifted, high_0, one, 16 + 4 * w + part, 1, BITS) * value[None, :]
+                        sum_1 += weight(shifted, high_0, one, 16 + 4 * w + part, 1, BITS) * value
                         in_1 += value
                     if LANES > 2:
                         value = tl.load(values + (plane + 2) * bits.TILE)
-                        sum_2 += weight(shifted, high_1, one, 4 * w + part, 2, BITS) * value[None, :]
+                        sum_2 += weight(shifted, high_1, one, 4 * w + part, 2, BITS) * value
                         in_2 += value
                         value = tl.load(values + (plane + 3) * bits.TILE)
-                        sum_3 += weight(shifted, high_1, one, 16 + 4 * w + part, 3, BITS) * value[None, :]
+                        sum_3 += weight(shifted, high_1, one, 16 + 4 * w + part, 3, BITS) * value
                         in_3 += value
         if BITS == 16:
             total += sum_0
@@ -173,7 +174,8 @@ def products(
     column = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
     place = bits.place(column, OUT_BITS) if OUT_BITS else column
     tl.store(out + pair * out_width + place, y, mask=column < outputs)
-    if OUT_BITS and tl.program_id(1) == tl.num_programs(1) - 1:
-        for start in range(outputs, out_width, 128):
-            padding = start + tl.arange(0, 128)
-            tl.store(out + pair * out_width + bits.place(padding, OUT_BITS), 0.0, mask=padding < out_width)
+    if OUT_BITS:
+        if tl.program_id(1) == tl.num_programs(1) - 1:
+            for start in range(outputs, out_width, 128):
+                padding = start + tl.arange(0, 128)
+                tl.store(out + pair * out_width + bits.place(padding, OUT_BITS), 0.0, mask=padding < out_width)
