@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_check, gpu_kernels, gpu_peers
+from benchmarks import gpu_check, gpu_kernels, gpu_peers, gpu_tier
 from benchmarks.gpu_clock import Clock, GpuClock
 from benchmarks.kernels import MODELS
 from greenroom.kernels import device
@@ -111,6 +111,14 @@ def sanitizer(box: Box) -> None:
     box.result["sanitizer"] = "clean" if clean else f"status {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
 
 
+def tier(box: Box) -> None:
+    """The device tier over a synthetic model; it writes 4.5 GB to the temporary folder."""
+    if box.left < 0.4 * SECONDS:
+        box.result["tier_cut"] = True
+        return
+    gpu_tier.measure(box.result)
+
+
 def all_right(box: Box) -> None:
     """The other formats, as far as time goes."""
     for format in gpu_check.FORMATS[3:]:
@@ -125,11 +133,12 @@ PARTS: list[Part] = [
     ("correctness of the defaults", defaults_right),
     ("decode", decode),
     ("prompts", prompts),
+    ("tier", tier),
     ("peers", peers),
     ("sanitizer", sanitizer),
     ("correctness of all formats", all_right),
 ]
-"""Name and function of every part, in order. What measures the tier appends its own."""
+"""Name and function of every part, in order."""
 
 
 def _check(box: Box, format: Format) -> None:
@@ -176,6 +185,11 @@ def table(result: Result) -> str:
         rows.append(
             f"prompt  {line['model']:14} {line['format']:10} {line['each']:3} tokens an expert "
             f"{line['ms']:8.2f} ms {line['tflops']:6.0f} TFLOP/s  share {line['share']:.2f}"
+        )
+    for line in result.get("tier", {}).get("rows", []):
+        rows.append(
+            f"tier    {line['name']:42} {line['tokens_per_s']:7.2f} tokens/s  of {line['floor_tokens_per_s']:.2f}  "
+            f"hits {line['hit_rate']:.0%}"
         )
     for line in result.get("linear", []):
         measured = f"{line['us']:8.1f} us  share {line['share']:.2f}" if "us" in line else line["absent"]
