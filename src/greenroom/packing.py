@@ -37,7 +37,7 @@ from greenroom.packed import (
     write_file,
 )
 from greenroom.progress import Progress
-from greenroom.quant import Format, Layout, quantize_into
+from greenroom.quant import Format, Layout, balance, quantize_into
 from greenroom.sizes import format_bytes
 
 _DENSE_FILE_NBYTES = 1 << 30  # a kill loses at most one file
@@ -204,7 +204,7 @@ class _Packing:
         def data(progress: Progress) -> "Iterator[memoryview]":
             record = torch.zeros(record_nbytes, dtype=torch.uint8)
             for expert in range(module.num_experts):
-                weights = self.checkpoint.expert(module, expert)
+                weights = balanced(self.checkpoint, module, self.checkpoint.expert(module, expert), format)
                 for tensor in tensors:
                     what = f"{tensor.name} of expert {expert} of {module.name}"
                     _quantize(weights.pop(tensor.name), tensor.format, tensor.part(record), self.checkpoint, what)
@@ -309,6 +309,19 @@ class _Packing:
             tensors=tuple(tensors),
             tied={name: other for name, other in self.checkpoint.tied.items() if name not in served},
         )
+
+
+def balanced(
+    checkpoint: Checkpoint, module: seam.ExpertsModule, weights: "dict[str, torch.Tensor]", format: Format
+) -> "dict[str, torch.Tensor]":
+    """One expert's parameters, of which the second matrix has its column scales in the first (see quant.balance), where
+    the expert is linear in the upper half of its first product and `format` rounds."""
+    kind = seam.activation_kind(checkpoint.model.get_submodule(module.name))
+    if format.bits == 16 or not kind.endswith("_and_mul") or weights.keys() != {"gate_up_proj", "down_proj"}:
+        return weights
+    gate, up = weights["gate_up_proj"].float().chunk(2)
+    up, down = balance(up, weights["down_proj"], format)
+    return {"gate_up_proj": torch.cat((gate, up)), "down_proj": down}
 
 
 def _quantize(weight: torch.Tensor, format: Format, out: torch.Tensor, checkpoint: Checkpoint, what: str) -> None:

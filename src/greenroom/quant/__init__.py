@@ -4,11 +4,13 @@
     bits      codes to bytes                                 metadata  scales and zeros in 8 bits
     rtn, hqq  the two published ways to find a grid          search   the competition between them and narrowed ranges
     settle    the grid the record can hold                   quantize  the way there and back
+    balance   column scales that a gated MLP holds for free
 
 A weight is [rows = out_features, cols = in_features]; groups run along the columns. This package knows neither files
 nor devices nor caches.
 """
 
+from greenroom.quant.balance import balance
 from greenroom.quant.format import BITS, DEFAULT_GROUP_SIZE, DTYPES, GROUP_SIZES, Format
 from greenroom.quant.layout import ALIGNMENT, Layout
 from greenroom.quant.quantize import QuantizeReport, dequantize, quantize, quantize_into
@@ -22,6 +24,7 @@ __all__ = [
     "Format",
     "Layout",
     "QuantizeReport",
+    "balance",
     "dequantize",
     "quantize",
     "quantize_into",
