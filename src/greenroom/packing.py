@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,11 @@ def pack(
             raise PackError(f"interrupted: run the same command again and packing into {dst} resumes") from None
 
 
-def preview(checkpoint: Checkpoint, settings: "dict[str, int]") -> Manifest:
-    """The manifest that packing would write, with zeros for checksums: all sizes, no weights read."""
+def preview(checkpoint: Checkpoint, settings: "Mapping[str, Any]") -> Manifest:
+    """The manifest that packing would write, with zeros for checksums: all sizes, no weights read.
+
+    A dense model, which `pack` refuses, is treated as if its MLPs were its experts.
+    """
     packing = _Packing(checkpoint, checkpoint.folder, PackSettings(**settings))
     return packing.manifest({file.name: [0] * len(file.entries) for file in packing.files}, {})
 
@@ -124,6 +127,7 @@ class _Packing:
         self._head = seam.output_head(checkpoint.model)
         self._embeddings = {f"{name}.weight" for name in seam.plain_embeddings(checkpoint.model)}
         self._linears = set(seam.packable_linears(checkpoint.model, checkpoint.experts))
+        self._dense_model = not checkpoint.experts
         self.experts = [self._experts_file(i, module) for i, module in enumerate(checkpoint.experts)]
         self.dense = self._dense_files()
         self.files = [file for file, _ in self.experts] + [file for file, _ in self.dense]
@@ -247,8 +251,7 @@ class _Packing:
             half = _half(group.dtype)
             module, _, leaf = name.rpartition(".")
             if leaf == "weight" and (module == self._head or module in self._linears):
-                bits = self.settings.head_bits if module == self._head else self.settings.attention_bits
-                format = self.settings.format(bits, _name(half))
+                format = self._format(module, _name(half))
                 outputs.append(_DenseOutput(name=module, source=name, shape=shape, dtype=half, format=format))
                 continue
             dtype = _plain_dtype(group.dtype, shape)
@@ -257,6 +260,15 @@ class _Packing:
                 format = self.settings.format(self.settings.head_bits, _name(half))
                 outputs.append(_DenseOutput(name=self._head, source=name, shape=shape, dtype=half, format=format))
         return outputs
+
+    def _format(self, linear: str, dtype: str) -> Format:
+        """How the linear at this path is packed. The MLPs of a dense model count as its experts."""
+        settings = self.settings
+        if linear == self._head:
+            return settings.format(settings.head_bits, dtype)
+        if self._dense_model and not seam.in_attention(linear):
+            return settings.format(settings.expert_bits, dtype, settings.group_size)
+        return settings.format(settings.attention_bits, dtype)
 
     def _copy_sidecars(self) -> "dict[str, int]":
         copied = {}

@@ -276,9 +276,10 @@ def packable_linears(model: Any, experts: list[ExpertsModule]) -> list[str]:
     """Paths of the plain linears of the decoder stack that run from packed bits: attention, shared and dense MLPs.
 
     Left at 16 bits: routers, shared-expert gates and other narrow projections (they decide much and hardly weigh), and
-    everything outside the layers that hold experts, such as vision towers.
+    everything outside the layers that hold experts (of a dense model: outside its decoder layers), such as vision
+    towers.
     """
-    stacks = {_stack(module.name) for module in experts}
+    stacks = {_stack(module.name) for module in experts} or {decoder_layers(model)}
     widths = {_block(module.name): module.num_experts for module in experts}
     names = []
     for name, module in model.named_modules():
@@ -286,6 +287,11 @@ def packable_linears(model: Any, experts: list[ExpertsModule]) -> list[str]:
         if type(module) is nn.Linear and inside and not _narrow(module) and not _decides(name, module, widths):
             names.append(name)
     return names
+
+
+def in_attention(path: str) -> bool:
+    """Whether a module belongs to attention, by the names that transformers gives it."""
+    return any("attn" in part or "attention" in part for part in path.split("."))
 
 
 def decoder_layers(model: Any) -> str:

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from greenroom.cli import grid, receipt
 from greenroom.cli import options as shared
-from greenroom.cli import receipt
 from greenroom.errors import ConfigError
 from greenroom.sizes import format_bytes
 
@@ -29,6 +29,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--include-path", metavar="DIR", help="with --tasks: a folder of lm-eval task files")
     parser.add_argument("--limit", type=int, metavar="N", help="with --tasks: the first N questions of each")
     parser.add_argument("--receipt", action="store_true", help="keep the figures in the packed model's manifest")
+    parser.add_argument(
+        "--grid", action="store_true", help="attention and experts in 16 to 2 bits each, as the paper's Table 1"
+    )
+    parser.add_argument("--cells", metavar="FILE", help="with --grid: keep scores here, and go on where a run stopped")
     shared.add_memory(parser)
     shared.add_bits(parser)
     shared.add_common(parser)
@@ -53,8 +57,14 @@ def execute(options: argparse.Namespace) -> int:
         raise ConfigError("--text is missing: give a text file to measure on, or --tasks")
     if options.no_original and (options.receipt or options.original is not None):
         raise ConfigError("--no-original goes with neither --original nor --receipt: leave it out")
+    if options.cells is not None and not options.grid:
+        raise ConfigError("--cells keeps the scores of a grid: add --grid")
+    if options.grid:
+        grid.check(options)
     text = read_text(options.text)
     original = original_of(options)
+    if options.grid:
+        return grid.execute(options, text, original)
     folder = library.find(options.model, **shared.bits_of(options))
     result = evaluate(
         options.model,
@@ -80,7 +90,7 @@ def _tasks(options: argparse.Namespace) -> int:
     """Run lm-eval's tasks and print their figures."""
     from greenroom.evaluate import tasks
 
-    for flag in ("text", "stride", "windows", "token_by_token", "original", "no_original", "receipt"):
+    for flag in ("text", "stride", "windows", "token_by_token", "original", "no_original", "receipt", "grid", "cells"):
         if getattr(options, flag):
             raise ConfigError(f"--{flag.replace('_', '-')} measures a text: leave it out with --tasks")
     context = {} if options.context is None else {"context": options.context}

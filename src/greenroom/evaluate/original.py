@@ -30,6 +30,8 @@ Transform = Callable[[str, torch.Tensor], torch.Tensor]
 """(name of a weight, its value as read) → the value to compute with. An expert's weights are called
 `<experts module>.<expert>.<parameter>` and come as [out_features, in_features], biases as [1, features]; all others
 have the model's own names and shapes."""
+ExpertTransform = Callable[[Checkpoint, seam.ExpertsModule, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor]"]
+"""(checkpoint, module, an expert's parameters as `Checkpoint.expert` gives them) → those that `Transform` then sees."""
 
 
 class StoredEmbedding(nn.Module):
@@ -66,18 +68,20 @@ class Original:
     """A checkpoint folder, dense or with experts, that runs in bounded memory. Use it as a context manager.
 
     `model` is the transformers model; calling `model.base_model` streams the weights once. `transform`, where given,
-    sees every weight that is read. Raises CheckpointError or UnsupportedModelError where the folder does not hold a
-    whole model.
+    sees every weight that is read, `of_expert` an expert's before. Raises CheckpointError or UnsupportedModelError
+    where the folder does not hold a whole model.
     """
 
-    def __init__(self, folder: Path, transform: "Transform | None" = None) -> None:
+    def __init__(
+        self, folder: Path, transform: "Transform | None" = None, of_expert: "ExpertTransform | None" = None
+    ) -> None:
         self.checkpoint = Checkpoint(folder, dense_too=True)
         self.model: Any = seam.skeleton(self.checkpoint.config)
         if self.model.base_model is self.model:
             raise UnsupportedModelError(f"{type(self.model).__name__} has no part without its head: please report it")
         self.on_layer: Callable[[], None] = lambda: None
         """called after each decoder layer"""
-        self._transform = transform
+        self._transform, self._of_expert = transform, of_expert
         self._groups = {name: group for group in self.checkpoint.dense_groups() for name in group.shapes}
         self._names = [*self._groups, *(name for name in self.checkpoint.tied if self._source(name) in self._groups)]
         self._serve_experts()
@@ -225,6 +229,8 @@ class Original:
     def _expert(self, spec: seam.ExpertsModule, expert: int) -> "dict[str, torch.Tensor]":
         """One expert's parameters in float32, [out_features, in_features], biases [1, features]."""
         tensors = self.checkpoint.expert(spec, expert)
+        if self._of_expert is not None:
+            tensors = self._of_expert(self.checkpoint, spec, tensors)
         if self._transform is not None:
             tensors = {name: self._transform(f"{spec.name}.{expert}.{name}", value) for name, value in tensors.items()}
         return {name: value.float() for name, value in tensors.items()}

@@ -70,7 +70,7 @@ def stream(
     kept = StatesFile(windows, int(config.hidden_size))
     number = 0
     with Progress(label, len(windows) * original.layers, unit="layers") as progress:
-        for batch in _batches(windows, windows_at_a_time(original, len(windows[0].ids), room, held)):
+        for batch in batches(windows, windows_at_a_time(original, len(windows[0].ids), room, held)):
             original.on_layer = functools.partial(progress.advance, len(batch))
             states = original.states(torch.stack([window.ids for window in batch]))
             for window, own in zip(batch, states, strict=True):
@@ -79,8 +79,9 @@ def stream(
     return kept
 
 
-def windows_at_a_time(original: Original, tokens: int, room: int, held: int = 0) -> int:
-    """How many windows of `tokens` tokens fit in `room` bytes beside the weights. Raises BudgetError for none."""
+def windows_at_a_time(original: Original, tokens: int, room: int, held: int = 0, most: int = _BATCH) -> int:
+    """How many windows of `tokens` tokens, up to `most`, fit in `room` bytes beside the weights. Raises BudgetError for
+    none."""
     least = streaming_nbytes(original, tokens, 1)
     if room < least:
         raise BudgetError(
@@ -88,7 +89,7 @@ def windows_at_a_time(original: Original, tokens: int, room: int, held: int = 0)
             f"{format_bytes(max(room, 0))} are left: give --ram {-(-(least + held) // (1 << 20)) + 8}MiB or a smaller "
             "--context"
         )
-    return min(1 + (room - least) // activation_nbytes(original.model.config, tokens), _BATCH)
+    return min(1 + (room - least) // activation_nbytes(original.model.config, tokens), most)
 
 
 def streaming_nbytes(original: Original, tokens: int, windows: int) -> int:
@@ -119,7 +120,7 @@ def _number(config: object, name: str) -> int:
     return int(value or 0)
 
 
-def _batches(windows: "list[Window]", most: int) -> "Iterator[list[Window]]":
+def batches(windows: "list[Window]", most: int) -> "Iterator[list[Window]]":
     """Neighbours of equal length, at most `most` at a time."""
     batch: list[Window] = []
     for window in windows:
