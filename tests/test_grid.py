@@ -193,6 +193,7 @@ def test_the_command_prints_every_cell(
     report = json.loads(out[-1])
     assert len(report["cells"]) == 25 and len(out) == 1 + 2 + 25 + 1
     assert report["windows"] == 2 and report["context"] == 48 and report["head_bits"] == 8
+    assert report["text"]["name"] == "text"
     bits = {(cell["attention_bits"], cell["expert_bits"]): cell for cell in report["cells"]}
     assert bits[2, 2]["summary"]["kl"]["value"] > bits[16, 16]["summary"]["kl"]["value"] >= 0
     assert bits[2, 2]["nbytes"] < bits[16, 2]["nbytes"] < bits[16, 16]["nbytes"]

@@ -68,8 +68,11 @@ def execute(options: argparse.Namespace, text: "Text", original: "Path | None") 
     print(f"{options.model}: {text.name}, {len(windows)} windows of {len(windows[0].ids)} tokens, {tokens} scored")
     print(table(cells, PAPER if papers else {}))
     if options.json:
-        report = {"model": str(options.model), "text": text.name, **subject, "windows": len(windows)}
-        shared.print_json({**report, "cells": [dataclasses.asdict(cell) for cell in cells]})
+        report = {
+            **subject, "model": str(options.model), "text": {"name": text.name, "sha256": text.sha256},
+            "windows": len(windows), "cells": [dataclasses.asdict(cell) for cell in cells],
+        }  # fmt: skip
+        shared.print_json(report)
     return 0
 
 
