@@ -105,6 +105,7 @@ class Judge:
 
     def __init__(self, folder: Path, text: str, windows: int) -> None:
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.vocabulary = int(self.model.config.vocab_size)
         ids = tokens_of(transformers.AutoTokenizer.from_pretrained(folder), text)
         step = len(ids) // windows
         starts = range(0, windows * step, step)
