@@ -318,6 +318,7 @@ def test_prompts_as_json_lines(tmp_path: Path) -> None:
         (["demo", "--prompts", "bad", "--out", "t"], "field prompt"),
         (["demo", "--prompts", "p", "--out", "no/where/t"], "does not exist"),
         (["demo", "--prompts", "p", "--out", "t", "--guess-layers", "-1"], "--guess-layers"),
+        (["demo", "--prompts", "p", "--out", "t", "--vram", "1GiB"], "--vram"),
         (["--import", "nowhere.npz", "--out", "t"], "nowhere.npz"),
         (["--import", "x", "--out", "t", "--num-experts", "0"], "--num-experts"),
     ],

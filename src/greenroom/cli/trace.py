@@ -73,6 +73,8 @@ def _record(options: argparse.Namespace) -> "dict[str, Any]":
     from greenroom.trace.recorder import Recorder
 
     generation.check_sampling(options)
+    if options.vram is not None:
+        raise ConfigError("trace records on the CPU: leave --vram out, routing is the same there")
     prompts = read_prompts(Path(options.prompts))
     folder = library.find(options.model, **shared.bits_of(options))
     tokenizer = library.tokenizer_of(folder)
