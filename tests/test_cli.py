@@ -243,6 +243,23 @@ def test_an_error_of_the_packing_child_comes_back(tmp_path: Path, capsys: pytest
     assert "dense" in refused(capsys, "run", str(tmp_path), "hello")
 
 
+def test_an_error_of_the_packing_child_that_python_has_a_kind_of(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ConfigError is a ValueError, too: it must not pass for a line that is no JSON."""
+    assert "group size" in refused(capsys, "run", "demo", "hello", "--expert-bits", "16", "--group-size", "64")
+
+
+def test_the_demo_at_16_bits_has_no_groups(cache: Path) -> None:
+    assert library.settled_bits("demo", {"expert_bits": 16, "group_size": None}) == {
+        "expert_bits": 16,
+        "attention_bits": 8,
+        "head_bits": 8,
+    }
+    assert library.settled_bits("demo", {"expert_bits": 2})["group_size"] == 32
+    assert library.settled_bits("other", {"expert_bits": 16, "group_size": 64})["group_size"] == 64
+
+
 def test_help_needs_no_torch() -> None:
     program = (
         "import sys; from greenroom.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"

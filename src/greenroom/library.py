@@ -48,9 +48,13 @@ def is_demo(model: "str | Path") -> bool:
     return str(model) == DEMO and not Path(model).exists()
 
 
-def default_bits(model: "str | Path") -> "dict[str, int]":
-    """The bits a model is packed with unless told otherwise; the demo's weights come in groups of 32."""
-    return dict(_DEMO_BITS if is_demo(model) else _DEFAULT_BITS)
+def settled_bits(model: "str | Path", bits: "dict[str, int | None]") -> "dict[str, int]":
+    """The bits a model is packed with: those given, else its defaults. The demo's weights come in groups of 32."""
+    given = {name: value for name, value in bits.items() if value is not None}
+    settings = {**(_DEMO_BITS if is_demo(model) else _DEFAULT_BITS), **given}
+    if settings["expert_bits"] == 16 and "group_size" not in given:
+        settings.pop("group_size", None)  # 16 bits have no groups
+    return settings
 
 
 def place(model: "str | Path", bits: "dict[str, int | None]") -> "tuple[Path, dict[str, int]]":
@@ -60,7 +64,7 @@ def place(model: "str | Path", bits: "dict[str, int | None]") -> "tuple[Path, di
     if (folder / "greenroom.json").is_file():
         _check_bits(folder, given)
         return folder, given
-    settings = {**default_bits(model), **given}
+    settings = settled_bits(model, bits)
     return environment.cache_folder() / "packed" / _cache_name(str(model), folder, settings, is_demo(model)), settings
 
 
@@ -101,15 +105,19 @@ def _in_child(job: "dict[str, Any]") -> None:
             child.wait(timeout=30)
         child.kill()
         raise PackError("interrupted while packing: run the same command again and it resumes") from None
+    if child.returncode:
+        raise _error_of(child.returncode, out)
+
+
+def _error_of(status: int, out: str) -> GreenroomError:
+    """What the child's last line says, or that it said nothing."""
     last = out.strip().splitlines()[-1] if out.strip() else ""
-    if child.returncode == 0:
-        return
     with contextlib.suppress(ValueError, AttributeError, TypeError):
         report = json.loads(last)
-        raise getattr(errors, report["error"])(report["message"])
-    raise PackError(
-        f"packing stopped (exit status {child.returncode}), perhaps for lack of memory: run it again to resume"
-    )
+        error = getattr(errors, report["error"])(report["message"])
+        assert isinstance(error, GreenroomError)
+        return error
+    return PackError(f"packing stopped (exit status {status}), perhaps for lack of memory: run it again to resume")
 
 
 def _child() -> None:

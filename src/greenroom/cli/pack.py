@@ -36,8 +36,7 @@ def execute(options: argparse.Namespace) -> int:
 
     if options.windows is not None and options.receipt is None:
         raise ConfigError("--windows goes with --receipt: give a text to measure on")
-    given = {name: value for name, value in shared.bits_of(options).items() if value is not None}
-    bits = {**library.default_bits(options.source), **given}
+    bits = library.settled_bits(options.source, shared.bits_of(options))
     text = None if options.receipt is None else read_text(options.receipt)
     source = library.demo_checkpoint() if library.is_demo(options.source) else resolve(options.source)
     if text is not None:
