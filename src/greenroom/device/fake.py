@@ -45,14 +45,12 @@ class FakeDevice:
         self.host_s, self.compute_s = 0.0, 0.0
         self._queues: dict[str, deque[FakeEvent]] = {"up": deque(), "down": deque()}
         self._free_at = {"up": 0.0, "down": 0.0}
-        self.uploaded, self.downloaded = 0, 0
+        self.downloaded = 0
         """bytes"""
-        self.compute_busy_s, self.link_busy_s = 0.0, 0.0
 
     def spend(self, seconds: float) -> None:
         """A kernel that takes so long is launched."""
         self.compute_s = max(self.compute_s, self.host_s) + seconds
-        self.compute_busy_s += seconds
 
     def work(self, seconds: float) -> None:
         """The host is busy for so long."""
@@ -72,8 +70,6 @@ class FakeDevice:
 
     def upload(self, target: torch.Tensor, source: torch.Tensor, after: "Sequence[FakeEvent]") -> FakeEvent:
         """Takes its bytes' time on the link, and moves them when somebody waits for it."""
-        self.uploaded += source.numel()
-        self.link_busy_s += source.numel() / self.link_bytes_per_s
         return self._copy("up", target, source, after)
 
     def download(self, target: torch.Tensor, source: torch.Tensor, after: "Sequence[FakeEvent]") -> FakeEvent:

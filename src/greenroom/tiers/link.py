@@ -26,10 +26,8 @@ class Link:
         self._rates: list[float] = []
         self.seconds_per_byte: float | None = None
         """of the latest uploads, smoothed; None before the first"""
-        self.busy_s = 0.0
-        """spent on uploads that are done"""
-        self.bytes_up, self.bytes_down = 0, 0
-        """sent to the device; saved from it"""
+        self.bytes_up = 0
+        """sent to the device"""
 
     @property
     def using(self) -> "set[int]":
@@ -67,7 +65,6 @@ class Link:
         """Copy the device's `source` to `target`, bytes of host `buffer`, when what is computed now is done."""
         event = self.device.download(target, source, [self.device.mark(), *after])
         self._down.append(_Copy(event, buffer, source.numel()))
-        self.bytes_down += source.numel()
         return event
 
     def settle(self) -> None:
@@ -88,7 +85,6 @@ class Link:
         return True
 
     def _time(self, nbytes: int, seconds: float) -> None:
-        self.busy_s += seconds
         rate, known = seconds / nbytes, self.seconds_per_byte
         self._rates.append(rate)
         self.seconds_per_byte = rate if known is None else known + (rate - known) / 8
