@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from greenroom.cli.grid import PAPER
+
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "paper.md"
 
@@ -113,21 +115,13 @@ def _figure_2(demo: "dict[str, Any]", gpt_oss: "dict[str, Any]") -> "list[str]":
     ]
 
 
-PERPLEXITIES = {
-    16: (3.59, 3.67, 3.96, 4.52),
-    4: (3.68, 3.76, 4.05, 4.61),
-    3: (3.99, 4.06, 4.34, 4.90),
-    2: (4.98, 5.08, 5.36, 5.97),
-}
-"""The paper's, of Mixtral-8x7B on WikiText-2: attention bits → experts in 16, 4, 3 and 2 bits."""
-
-
 def _table_1(*grids: "dict[str, Any]") -> "list[str]":
     """Perplexity over that of 16 bits, which is what models of different size have in common."""
     rows = []
-    for attention, paper in PERPLEXITIES.items():
+    for attention in (16, 4, 3, 2):
+        paper = [PAPER[attention, experts][1] for experts in (16, 4, 3, 2)]
         rows.append(
-            (f"Mixtral-8x7B, the paper, attention {attention}", *(f"{one / PERPLEXITIES[16][0]:.3f}" for one in paper))
+            (f"Mixtral-8x7B, the paper, attention {attention}", *(f"{one / PAPER[16, 16][1]:.3f}" for one in paper))
         )
         for grid in grids:
             ratios = [_cell(grid, attention, experts)["perplexity_ratio"]["value"] for experts in (16, 4, 3, 2)]

@@ -149,10 +149,7 @@ class DeviceRunner(ExpertRunner):
             return False
         if self.observer is not None:
             self.observer(call.layer, call.x, call.index, call.weights)
-        self.metrics.calls += 1
-        if self.trace is not None:
-            self.trace.append((call.layer, tuple(valued)))
-        self._curve.feed(call.layer, valued)
+        self._note(call.layer, valued, prompt=False)
         self._count()
         return True
 

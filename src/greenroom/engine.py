@@ -161,7 +161,7 @@ class Engine:
 
     def _policy(self, name: str) -> "Callable[[int], EvictionPolicy]":
         """The policy, or a cheap one where there is room for all: then nothing is ever evicted."""
-        counts = [entry.num_experts for entry in self.packed.manifest.experts]
+        counts = self.plan.experts
         everything = sum(counts) if len(self.plan.capacities) == 1 < len(counts) else max(counts)
         return lambda capacity: POLICIES["lru" if capacity >= everything else name](capacity)
 
@@ -184,8 +184,7 @@ class Engine:
         counts = self.curve.counts
         if not any(counts.requested):
             return []
-        most = max(entry.num_experts for entry in self.packed.manifest.experts)
-        layers = range(len(self.packed.manifest.experts))
+        most, layers = max(self.plan.experts), range(len(self.plan.experts))
         return [statistics.fmean(rates) for rates in zip(*(counts.rates(n, most) for n in layers), strict=True)]
 
     def close(self, *, remember: bool = True) -> None:

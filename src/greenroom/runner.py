@@ -66,12 +66,8 @@ class ExpertRunner:
         if self.observer is not None:
             self.observer(layer, x, top_k_index, top_k_weights)
         call = self._call(layer, x, top_k_index, top_k_weights)
-        self.metrics.calls += 1
-        if self.trace is not None:
-            self.trace.append((layer, tuple(call.valued)))
         prompt = top_k_index.numel() > _ANY_ORDER
-        if not prompt:
-            self._curve.feed(layer, call.valued)
+        self._note(layer, call.valued, prompt)
         try:
             self._ask(layer, call.experts, call.valued)
             if len(x):
@@ -100,10 +96,7 @@ class ExpertRunner:
         valued = [expert for _, expert in ranked]
         if self.observer is not None:
             self.observer(layer, x, [valued[::-1]], [[weight for weight, _ in reversed(ranked)]])
-        self.metrics.calls += 1
-        if self.trace is not None:
-            self.trace.append((layer, tuple(valued)))
-        self._curve.feed(layer, valued)
+        self._note(layer, valued, prompt=False)
         kind = self._kinds.get(layer) or self._kinds.setdefault(layer, seam.activation_kind(module))
         buffers = None if self._prefetcher.experts else self._cache.hit(layer, experts, valued)
         if buffers is not None:
@@ -132,6 +125,14 @@ class ExpertRunner:
             self._give_up()
             raise
         self._count()
+
+    def _note(self, layer: int, valued: "list[int]", prompt: bool) -> None:
+        """Count a call and keep its experts, least valuable first, for whoever studies them."""
+        self.metrics.calls += 1
+        if self.trace is not None:
+            self.trace.append((layer, tuple(valued)))
+        if not prompt:
+            self._curve.feed(layer, valued)
 
     def _call(self, layer: int, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> "Call":
         return Call(self._entries[layer], x, top_k_index, top_k_weights)

@@ -11,7 +11,7 @@ from greenroom.errors import ConfigError
 from greenroom.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from greenroom.evaluate import Estimate, Evaluation, Text
+    from greenroom.evaluate import Evaluation, Text
 
 
 def add(commands: Any) -> None:
@@ -160,13 +160,8 @@ def table(model: str, result: "Evaluation") -> str:
         ("KL divergence", summary.kl, 1.0, " nats per token, original ‖ packed"),
         ("same first choice", summary.top1_agreement, 100.0, " % of tokens"),
     ]
-    lines += [f"  {name:<18} {_figure(value, scale)}{unit}" for name, value, scale, unit in rows if value is not None]
+    lines += [f"  {name:<18} {value.text(6, 2, scale)}{unit}" for name, value, scale, unit in rows if value is not None]
     return "\n".join(lines)
 
 
 _PARTS = {"experts": "expert", "attention": "attention", "head": "head"}
-
-
-def _figure(estimate: "Estimate", scale: float) -> str:
-    value = f"{estimate.value * scale:.6g}"
-    return value if estimate.se is None else f"{value} ± {estimate.se * scale:.2g}"

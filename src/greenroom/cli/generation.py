@@ -17,8 +17,9 @@ PREFILL_CHUNK = 512
 """Prompt tokens per pass: bounds activations, and does not depend on the budget, so neither do the bits."""
 
 
-STEP_NBYTES = 2 << 30
-"""More and less memory whose effect is told: this, or an eighth of all experts where that is less."""
+def step_nbytes(experts_nbytes: float) -> float:
+    """More and less memory whose effect is told: 2 GiB, or an eighth of all experts where that is less."""
+    return min(2 << 30, experts_nbytes / 8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,7 +182,7 @@ def what_if(report: "dict[str, Any]") -> "list[dict[str, float]]":
     if not rates or not report["tokens_per_s"] or not slots:
         return []
     layer_nbytes, most = report["slots_nbytes"] / slots, len(rates) - 1
-    step = min(STEP_NBYTES / layer_nbytes, most / 8)
+    step = step_nbytes(most * layer_nbytes) / layer_nbytes
     found = []
     for other in (max(slots - step, 0.0), min(slots + step, most)):
         now, then = 1 - _between(rates, slots), 1 - _between(rates, other)

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from greenroom.cli import options as shared
 from greenroom.errors import ConfigError
@@ -40,13 +40,10 @@ def check(options: argparse.Namespace) -> None:
 
 def execute(options: argparse.Namespace, text: "Text", original: "Path | None") -> int:
     """Measure and print; `original` is the checkpoint's folder."""
-    from greenroom import planner
     from greenroom.checkpoint import Checkpoint
     from greenroom.evaluate.cells import Cells
-    from greenroom.evaluate.evaluation import windows_of
+    from greenroom.evaluate.evaluation import room_for, windows_of
     from greenroom.evaluate.grid import measure
-    from greenroom.machine import available_memory
-    from greenroom.metrics import process_memory
     from greenroom.packing import fingerprint
 
     assert original is not None  # --no-original is refused
@@ -59,10 +56,9 @@ def execute(options: argparse.Namespace, text: "Text", original: "Path | None") 
         "source": source, "text": text.sha256, "context": len(windows[0].ids), "head_bits": head_bits,
         "group_size": options.group_size,
     }  # fmt: skip
-    runtime, available = process_memory()["anonymous"], available_memory()
-    budget = planner.budget_of(shared.settings_of(options, context=1), runtime, available) or runtime + available
+    room, _ = room_for(shared.settings_of(options, context=1))
     kept = Cells(Path(options.cells) if options.cells else None, subject)
-    cells = measure(original, windows, budget - runtime, head_bits=head_bits, group_size=options.group_size, cells=kept)
+    cells = measure(original, windows, room, head_bits=head_bits, group_size=options.group_size, cells=kept)
     papers = all(shape.get(name) == value for name, value in _PAPERS_MODEL.items())
     tokens = cells[0].summary.tokens
     print(f"{options.model}: {text.name}, {len(windows)} windows of {len(windows[0].ids)} tokens, {tokens} scored")
@@ -89,7 +85,8 @@ def table(cells: "list[Cell]", paper: "dict[tuple[int, int], tuple[float, float]
 def _row(cell: "Cell") -> "list[str]":
     summary = cell.summary
     perplexity = f"{summary.perplexity.value:.5g}"
-    kl, agreement = _figure(summary.kl, 1.0), _figure(summary.top1_agreement, 100.0)
+    assert summary.kl is not None and summary.top1_agreement is not None  # a grid has an original
+    kl, agreement = summary.kl.text(3), summary.top1_agreement.text(3, scale=100.0)
     size = f"{cell.nbytes / _GIB:.2f} GiB" if cell.nbytes >= 10 * _GIB else format_bytes(cell.nbytes)
     return [str(cell.attention_bits), str(cell.expert_bits), size, perplexity, kl, f"{agreement} %"]
 
@@ -99,8 +96,3 @@ def _of_paper(cell: "Cell", paper: "dict[tuple[int, int], tuple[float, float]]")
         return []
     gib, perplexity = paper.get((cell.attention_bits, cell.expert_bits), (None, None))
     return ["–", "–"] if gib is None else [f"{gib:.2f}", f"{perplexity:.2f}"]
-
-
-def _figure(estimate: Any, scale: float) -> str:
-    value = f"{estimate.value * scale:.3g}"
-    return value if estimate.se is None else f"{value} ± {estimate.se * scale:.1g}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from greenroom.cli import options as shared
 from greenroom.cli import receipt
-from greenroom.cli.generation import STEP_NBYTES
+from greenroom.cli.generation import step_nbytes
 from greenroom.errors import BudgetError
 from greenroom.sizes import format_bytes
 
@@ -105,7 +105,7 @@ def _describe(options: argparse.Namespace) -> "tuple[Manifest, Path, Path]":
 
 def _others(plan: "Plan") -> "list[int]":
     """Slots that a little less and a little more memory would hold."""
-    step = max(min(STEP_NBYTES, sum(plan.experts) * plan.record_nbytes // 8) // plan.record_nbytes, 1)
+    step = max(int(step_nbytes(sum(plan.experts) * plan.record_nbytes) // plan.record_nbytes), 1)
     less, more = max(plan.slots - step, 0), min(plan.slots + step, sum(plan.experts))
     return [slots for slots in (less, more) if slots != plan.slots]
 

@@ -5,13 +5,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from greenroom.packed import Estimate, PackedModel, Receipt
+    from greenroom.packed import PackedModel, Receipt
 
 
 def line(receipt: "Receipt") -> str:
     """What was measured, on what."""
     return (
-        f"KL {_figure(receipt.kl)} nats to the original, perplexity × {_figure(receipt.perplexity_ratio)}, "
+        f"KL {receipt.kl.text(4)} nats to the original, perplexity × {receipt.perplexity_ratio.text(4)}, "
         f"same first choice {receipt.top1_agreement.value:.1%} "
         f"({receipt.tokens} tokens of {receipt.text}, {receipt.mode})"
     )
@@ -32,8 +32,3 @@ def keep(packed: "PackedModel", receipt: "Receipt") -> None:
     """Put the receipt into the packed model, and say so."""
     packed.add_receipt(receipt)
     print(f"{packed.folder}: receipt kept")
-
-
-def _figure(estimate: "Estimate") -> str:
-    value = f"{estimate.value:.4g}"
-    return value if estimate.se is None else f"{value} ± {estimate.se:.1g}"

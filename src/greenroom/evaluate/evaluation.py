@@ -161,18 +161,23 @@ class _Reference:
     fingerprint: str
 
 
+def room_for(settings: "EngineSettings") -> "tuple[int, int]":
+    """(bytes that streaming an original may take, bytes the process holds already)."""
+    held, available = process_memory()["anonymous"], available_memory()
+    return (planner.budget_of(settings, held, available) or held + available) - held, held
+
+
 @contextlib.contextmanager
 def _reference(
     folder: Path, windows: "list[Window]", settings: "EngineSettings", source: "str | None"
 ) -> "Iterator[_Reference]":
     give_back_freed()  # tokenising a text takes more than the text
-    runtime, available = process_memory()["anonymous"], available_memory()
-    budget = planner.budget_of(settings, runtime, available) or runtime + available
+    room, held = room_for(settings)
     with Original(folder) as original:
         own = fingerprint(original.checkpoint)
         if source not in (None, own):
             raise ConfigError(f"{folder} is not the checkpoint that was packed: give that one with --original")
-        states = stream(original, windows, budget - runtime, held=runtime)
+        states = stream(original, windows, room, held=held)
         try:
             original.drop_outer()
             original.head.logits(states.get(0)[:1])  # read now, so that the memory plan counts it

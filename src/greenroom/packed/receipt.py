@@ -14,6 +14,11 @@ class Estimate:
     value: float
     se: "float | None"
 
+    def text(self, digits: int, se_digits: int = 1, scale: float = 1.0) -> str:
+        """For people, times `scale`, with so many significant digits: "0.00527 ± 0.0002"."""
+        value = f"{self.value * scale:.{digits}g}"
+        return value if self.se is None else f"{value} ± {self.se * scale:.{se_digits}g}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Receipt:
