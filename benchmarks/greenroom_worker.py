@@ -53,7 +53,7 @@ class Model:
         cache = ExpertCache(
             layers=len(layers),
             capacities=plan.capacities,
-            staging=settings.staging,
+            staging=plan.staging_buffers,
             policy=POLICIES[settings.policy.removesuffix("-shared")],
         )
         last = replay(cache, self.trace)[-calls:]

@@ -39,11 +39,11 @@ class EngineSettings:
     the CPU. `cpu_experts`: compute experts that the GPU lacks on the CPU where that is faster. `experts_per_layer`:
     slots per layer (the paper's k); overrides what `ram` would give. `expert_budget`: bytes for slots alone, shared by
     all layers. `policy`: an eviction policy, per layer, or over all layers at once with the suffix `-shared`.
-    `staging`: buffers beside the slots, for guesses and for experts that get no slot (the paper's b). `prefetch`:
-    experts guessed per token and layer ahead; `lookahead`: how many layers ahead. `context`: tokens of KV cache to
-    reserve memory for; `prompt_chunk`: the most tokens of a prompt that go through the model at once, whose activations
-    are reserved. `reserve`: bytes that whoever runs the model takes for its own work, counted with the working set.
-    `readers`: reads in flight.
+    `staging`: buffers beside the slots, for guesses and for experts that get no slot (the paper's b); None for as many
+    as keep the readers busy. `prefetch`: experts guessed per token and layer ahead; `lookahead`: how many layers ahead.
+    `context`: tokens of KV cache to reserve memory for; `prompt_chunk`: the most tokens of a prompt that go through the
+    model at once, whose activations are reserved. `reserve`: bytes that whoever runs the model takes for its own work,
+    counted with the working set. `readers`: reads in flight.
     """
 
     ram: "int | None" = None
@@ -51,7 +51,7 @@ class EngineSettings:
     experts_per_layer: "int | None" = None
     expert_budget: "int | None" = None
     policy: str = "learned"
-    staging: int = 4
+    staging: "int | None" = None
     cpu_experts: bool = True
     prefetch: int = 0
     lookahead: int = 1

@@ -87,7 +87,7 @@ class Engine:
 
     def _on_cpu(self) -> ExpertRunner:
         """Slots in RAM, the rest on disk."""
-        arena = Arena(self.plan.slots + self.settings.staging, self.plan.record_nbytes)
+        arena = Arena(self.plan.slots + self.plan.staging_buffers, self.plan.record_nbytes)
         self._transfer: Transfer | TierTransfer = Transfer(self._store, arena, self.settings.readers, self._shuffle)
         return ExpertRunner(arena=arena, kernel=kernels.experts, **self._parts())
 
@@ -97,14 +97,14 @@ class Engine:
         settings, nbytes = self.settings, self.plan.record_nbytes
         try:
             self.model.to(device.place)
-            arena = DeviceArena(device, self.plan.slots + settings.staging, nbytes)
+            arena = DeviceArena(device, self.plan.slots + self.plan.staging_buffers, nbytes)
         except torch.OutOfMemoryError as error:
             free, total = device.memory()
             raise BudgetError(
                 f"{device.title()} has {format_bytes(free)} free of {format_bytes(total)}, which cannot hold "
                 f"{format_bytes(self.plan.total)}: give a smaller --vram"
             ) from error
-        host = Arena(self.plan.ram.slots + settings.staging, nbytes)
+        host = Arena(self.plan.ram.slots + self.plan.staging_buffers, nbytes)
         self._transfer = TierTransfer(
             arena,
             host,
@@ -134,14 +134,14 @@ class Engine:
         self.plan = planner.allot(self.plan, self.plan.slots * 3 // 4, None)
         self._transfer.vacate()
         self.device.trim()
-        arena = DeviceArena(self.device, self.plan.slots + self.settings.staging, self.plan.record_nbytes)
+        arena = DeviceArena(self.device, self.plan.slots + self.plan.staging_buffers, self.plan.record_nbytes)
         self.runner.occupy(arena, self._cache())
 
     def _cache(self) -> ExpertCache:
         return ExpertCache(
             layers=len(self.packed.manifest.experts),
             capacities=self.plan.capacities,
-            staging=self.settings.staging,
+            staging=self.plan.staging_buffers,
             policy=self._policy(self._policy_name),
             validate=self.settings.validate,
         )
@@ -155,7 +155,7 @@ class Engine:
             "transfer": self._transfer,
             "curve": self.curve,
             "prefetcher": Prefetcher(
-                routers(self.model, self.packed), settings.prefetch, settings.lookahead, settings.staging
+                routers(self.model, self.packed), settings.prefetch, settings.lookahead, self.plan.staging_buffers
             ),
         }
 

@@ -236,7 +236,7 @@ def load(
     prefetch: int = 0,
     lookahead: int = 1,
     context: int = 2048,
-    staging: int = 4,
+    staging: "int | None" = None,
     readers: int = 4,
     validate: bool = False,
 ) -> "tuple[Any, Any]":
@@ -249,8 +249,8 @@ def load(
     what the GPU lacks where that is faster than moving it. `*_bits`, `group_size`: as in `pack`. `policy`: "lru",
     "lfu", "s3fifo", "frequency-age", "probability" or "learned", per layer, or over all layers with the suffix
     "-shared". `prefetch`, `lookahead`: experts guessed per layer and token, and how many layers ahead. `context`:
-    tokens of KV cache to reserve room for. `staging`: buffers beside the slots; `readers`: reads in flight; `validate`:
-    check the cache's invariants.
+    tokens of KV cache to reserve room for. `staging`: buffers beside the slots (None: two to four); `readers`: reads in
+    flight; `validate`: check the cache's invariants.
 
     The model is a usual one: `generate`, past key values, padding, streamers, stopping criteria. `model.greenroom` is
     its engine: `.plan`, `.metrics()`, `.close()`.

@@ -15,6 +15,7 @@ from greenroom.packed import Manifest
 from greenroom.sizes import format_bytes
 
 _KERNEL_NBYTES = 48 << 20  # dequantised tiles and their temporaries; see kernels.reference.TILE
+_LARGE_RECORD = 8 << 20  # the pieces of one such record keep four readers busy
 _SPARE = 0.9  # without a budget: the share of free memory that greenroom takes at most
 
 
@@ -88,6 +89,11 @@ class Plan:
         return self.slots * self.record_nbytes
 
     @property
+    def staging_buffers(self) -> int:
+        """How many records `staging` holds."""
+        return self.staging // self.record_nbytes
+
+    @property
     def fixed(self) -> int:
         """Everything but the slots."""
         return self.runtime + self.dense + self.kv_cache + self.working_set + self.staging
@@ -131,7 +137,7 @@ def _plan_ram(plan: Plan, settings: EngineSettings, runtime: int, budget: "int |
     empty = RamPlan(
         budget=budget,
         runtime=runtime,
-        staging=settings.staging * plan.record_nbytes,
+        staging=plan.staging,
         working_set=_KERNEL_NBYTES,
         record_nbytes=plan.record_nbytes,
         slots=0,
@@ -164,11 +170,19 @@ def _plan(
         working_set=_working_set(manifest, config, min(settings.context, settings.prompt_chunk), element_size)
         + _policy_nbytes(settings.policy, experts)
         + settings.reserve,
-        staging=settings.staging * record_nbytes,
+        staging=_staging(settings, record_nbytes) * record_nbytes,
         record_nbytes=record_nbytes,
         experts=experts,
         capacities=(0,) if settings.policy.endswith("-shared") else (0,) * len(experts),
     )
+
+
+def _staging(settings: EngineSettings, record_nbytes: int) -> int:
+    """Buffers beside the slots: four, as the paper has, or two where one record keeps all readers busy and there are no
+    guesses to hold; two more experts are then kept."""
+    if settings.staging is not None:
+        return settings.staging
+    return 2 if record_nbytes >= _LARGE_RECORD and not settings.prefetch else 4
 
 
 def budget_of(settings: EngineSettings, runtime: int, available: int) -> "int | None":
