@@ -27,7 +27,7 @@ class Model:
         packed = PackedModel(Path(path))
         slots = None if ram else max(entry.num_experts for entry in packed.manifest.experts)
         self.engine = Engine(packed, EngineSettings(ram=ram, experts_per_layer=slots, context=context))
-        self.trace: list[tuple[int, tuple[int, ...]]] = []
+        self.trace: list[tuple[int, tuple[int, ...], list[float] | None]] = []
         self.engine.runner.trace = self.trace
         self.forget()
 

@@ -154,6 +154,14 @@ void softmax(float* x, std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) x[i] /= sum;
 }
 
+// The nearest float16 of a number from 0 to 1, of two the even one.
+float rounded_to_float16(float x) {
+    int exponent;
+    std::frexp(x, &exponent);  // x < 2^exponent
+    const float step = std::ldexp(1.0f, std::max(exponent - 11, -24));
+    return std::nearbyint(x / step) * step;
+}
+
 // The `count` largest, largest first; the first of equals.
 std::vector<int> largest(const float* x, int size, int count) {
     std::vector<int> order(static_cast<std::size_t>(size));
@@ -292,6 +300,8 @@ Chosen Decoder::route(const Router& it, int threads) {
     const int experts = static_cast<int>(it.weights.shape.rows);
     float* scores = sized(a_, experts);
     multiply(it.weights, normed_, scores, threads);
+    logits_.assign(scores, scores + experts);
+    corrected_ = it.correction != nullptr;
     if (it.scores == Router::Scores::softmax) softmax(scores, experts);
     if (it.scores == Router::Scores::sigmoid)
         for (int i = 0; i < experts; ++i) scores[i] = sigmoid(scores[i]);
@@ -309,6 +319,20 @@ Chosen Decoder::route(const Router& it, int threads) {
     for (float weight : chosen.weights) sum += weight;
     for (float& weight : chosen.weights) weight = (it.normalize ? weight / sum : weight) * it.scale;
     return chosen;
+}
+
+std::vector<float> Decoder::shares() const {
+    std::vector<float> out = logits_;
+    if (out.empty()) return out;
+    if (corrected_) {
+        float sum = 0.0f;
+        for (float& share : out) sum += share = sigmoid(share);
+        for (float& share : out) share /= sum;
+    } else {
+        softmax(out.data(), static_cast<std::int64_t>(out.size()));
+    }
+    for (float& share : out) share = rounded_to_float16(share);
+    return out;
 }
 
 void Decoder::shared(std::size_t layer, int threads) {

@@ -104,6 +104,9 @@ public:
     // hidden += attention, then normed; cosine, sine [rotary_dim / 2]. A dense layer's MLP is added, and nothing is
     // chosen; else the chosen experts are told.
     Chosen attend(std::size_t layer, const KeyValues& cache, const float* cosine, const float* sine, int threads);
+    // What the router that chose last thinks of all its experts, as shares of 1 that float16 can hold: the softmax of
+    // its logits, or, where a correction ranks, their sigmoids over their sum.
+    std::vector<float> shares() const;
     // The layer's shared MLP, if it has one, while experts are on their way.
     void shared(std::size_t layer, int threads);
     // hidden += sum of weights[e] * outputs[e] in order, plus what `shared` computed. outputs: [n, width]
@@ -124,7 +127,8 @@ private:
     std::vector<DecoderLayer> layers_;
     std::int64_t width_;
     float *hidden_, *normed_;
-    std::vector<float> a_, b_, c_, partial_, projected_, shared_;
+    std::vector<float> a_, b_, c_, partial_, projected_, shared_, logits_;
+    bool corrected_ = false;  // whether `logits_` are of a router with a correction
 };
 
 }  // namespace greenroom

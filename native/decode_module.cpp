@@ -208,6 +208,7 @@ void bind_decoder(nb::module_& module) {
              [](Decoder* it, std::vector<DecoderLayer> layers, std::int64_t width, std::uintptr_t hidden,
                 std::uintptr_t normed) { new (it) Decoder(decoder_of(std::move(layers), width, hidden, normed)); })
         .def("attend", &attend)
+        .def("shares", &Decoder::shares)
         .def("shared", &Decoder::shared, nb::call_guard<nb::gil_scoped_release>())
         .def("combine", [](Decoder& it, std::size_t layer, std::uintptr_t outputs, const std::vector<float>& weights) {
             check(layer < it.layers(), "no such layer");

@@ -17,6 +17,7 @@ from greenroom.config import EngineSettings
 from greenroom.decode import describe, kv, proof
 from greenroom.engine import Engine
 from greenroom.kernels import native
+from greenroom.model import routers
 from greenroom.packed import PackedModel
 from test_families import case_of, distance
 
@@ -105,6 +106,23 @@ def test_windows_hide_what_the_masks_hide() -> None:
             with torch.no_grad():
                 plain = engine.model(torch.tensor([[token]]), past_key_values=plain.past_key_values, use_cache=True)
         assert distance(plain.logits[0, -1], want[-1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_compiled_router_thinks_what_its_gate_thinks(name: str) -> None:
+    with running(case_of(name).pack(16), policy="probability") as engine:
+        gates, seen = routers(engine.model, engine.packed), []
+        engine.runner.observer = lambda layer, x, index, weights, shares: seen.append((layer, x.clone(), shares))
+        decoded(engine.model)
+        assert engine.decode.steps == len(FORCED)
+        told = [(layer, x, shares) for layer, x, shares in seen if len(x) == 1]
+        assert len(told) >= len(FORCED) * len(gates)
+        for layer, x, shares in told:
+            want = gates[layer].shares(gates[layer].scores(x))[0].float()
+            got = torch.tensor(shares)
+            assert torch.equal(got.half().float(), got), "a trace could not hold it"
+            assert torch.allclose(got, want, atol=1e-3, rtol=1e-2)
+            assert not torch.allclose(got.flip(0), want, atol=1e-3, rtol=1e-2), "control"
 
 
 # --- the proof

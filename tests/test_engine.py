@@ -211,7 +211,7 @@ def test_16_bits_are_close_to_transformers_and_4_bits_are_not(
 # --- the cache's account
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "s3fifo", "learned", "lru-shared", "learned-shared"])
+@pytest.mark.parametrize("policy", [*sorted(POLICIES), "lru-shared", "probability-shared", "learned-shared"])
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_replay_of_the_trace_has_the_hits_of_the_run(
     packed4: PackedModel, engines: Engines, monkeypatch: pytest.MonkeyPatch, policy: str, prefetch: int
@@ -223,8 +223,8 @@ def test_a_replay_of_the_trace_has_the_hits_of_the_run(
         live.append(set(access.hits))
         return access
 
-    def all_there(cache: ExpertCache, layer: int, experts: Any, valued: Any) -> Any:
-        buffers = at_once(cache, layer, experts, valued)
+    def all_there(cache: ExpertCache, layer: int, experts: Any, *args: Any) -> Any:
+        buffers = at_once(cache, layer, experts, *args)
         if buffers is not None:
             live.append({(layer, expert) for expert in experts})
         return buffers

@@ -130,7 +130,7 @@ def test_16_bits_equal_transformers(case: Case) -> None:
     packed = case.pack(16)
     with running(packed) as engine:
         assert distance(families.logits(engine.model, **case.inputs), case.want) < TOLERANCE
-        layers = {layer for layer, _ in engine.runner.trace}
+        layers = {layer for layer, *_ in engine.runner.trace}
         assert layers == set(range(len(packed.manifest.experts))), "some experts were never asked for"
         assert engine.runner.metrics.hits < engine.runner.metrics.requests, "one slot cannot serve it all"
 
@@ -198,7 +198,7 @@ def most_valued(case: Case, packed: PackedModel) -> "dict[int, int]":
     """Layer → the expert that weighs most in its last token."""
     with running(packed) as engine:
         families.logits(engine.model, **case.inputs)
-        return {layer: experts[-1] for layer, experts in engine.runner.trace}
+        return {layer: experts[-1] for layer, experts, _ in engine.runner.trace}
 
 
 # --- the oracle at 4 bits

@@ -27,13 +27,13 @@ def through_the_core(policy, sets, experts, size, probabilities=None):
     """Hits [layers] of a replay, asked token by token, layer by layer."""
     layers = sets.shape[1]
     cache = ExpertCache(layers=layers, capacities=[size] * layers, staging=1, policy=POLICIES[policy], validate=True)
-    requests, given = [], []
+    requests = []
     for token, rows in enumerate(sets.tolist()):
         for layer, row in enumerate(rows):
-            requests.append((layer, [expert for expert in reversed(row) if expert < experts]))
-            given.append(None if probabilities is None else probabilities[token, layer].tolist())
+            given = None if probabilities is None else probabilities[token, layer].tolist()
+            requests.append((layer, [expert for expert in reversed(row) if expert < experts], given))
     hits = np.zeros(layers, np.int64)
-    for (layer, _), access in zip(requests, replay(cache, requests, given), strict=True):
+    for (layer, *_), access in zip(requests, replay(cache, requests), strict=True):
         hits[layer] += len(access.hits)
     return hits
 

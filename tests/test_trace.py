@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from greenroom.cli import main
 from greenroom.config import EngineSettings
 from greenroom.engine import Engine
 from greenroom.errors import TraceError
+from greenroom.kernels import native
 from greenroom.model import routers
 from greenroom.packed import PackedModel
 from greenroom.trace import RoutingTrace, TraceWriter, import_arrays, read_trace, write_trace
@@ -52,9 +54,9 @@ class Watched:
     def __init__(self, recorder: Recorder) -> None:
         self.recorder, self.calls = recorder, []
 
-    def __call__(self, layer: int, x: torch.Tensor, index: Any, weights: Any) -> None:
+    def __call__(self, layer: int, x: torch.Tensor, index: Any, weights: Any, shares: Any) -> None:
         self.calls.append((layer, x.clone(), torch.as_tensor(index).clone(), torch.as_tensor(weights).clone()))
-        self.recorder(layer, x, index, weights)
+        self.recorder(layer, x, index, weights, shares)
 
 
 @pytest.fixture(scope="module")
@@ -114,23 +116,73 @@ def test_the_gates_of_other_layers_say_otherwise(recorded: Any) -> None:
     assert not (wrong == trace.guesses[:6, 2, 0]).all()
 
 
-def requests_of(trace: RoutingTrace) -> "list[tuple[int, list[int]]]":
-    """What the engine asked its cache: a set per pass and layer, least valuable first."""
+def requests_of(trace: RoutingTrace, told: bool) -> "list[tuple[int, list[int], list[float] | None]]":
+    """What the engine asked its cache: a set per pass and layer, least valuable first, and what the router thinks of
+    all experts for a single token, if the cache was `told`."""
     requests = []
     for start, stop in zip(trace.passes[:-1], trace.passes[1:], strict=True):
         for layer in range(trace.layers):
             flat = trace.experts[start:stop, layer, ::-1].ravel().tolist()
             last = {expert: place for place, expert in enumerate(flat)}
-            requests.append((layer, sorted(last, key=lambda expert: last[expert])))
+            shares = trace.probabilities[start, layer].astype(np.float64).tolist() if stop - start == 1 else None
+            requests.append((layer, sorted(last, key=lambda expert: last[expert]), shares if told else None))
     return requests
 
 
 def test_a_trace_replays_to_the_hits_of_the_run(recorded: Any) -> None:
     trace, _, _, live, hits = recorded
-    requests = requests_of(trace)
-    assert requests == [(layer, list(experts)) for layer, experts in live]
+    told = native.extension() is not None
+    requests = requests_of(trace, told)
+    assert requests == [(layer, list(experts), shares) for layer, experts, shares in live]
     cache = ExpertCache(layers=3, capacities=[2] * 3, staging=4, policy=POLICIES["learned"], validate=True)
     assert sum(len(access.hits) for access in replay(cache, requests)) == hits
+
+
+def run_and_replay(
+    packed: PackedModel, path: Path, policy: str, spoil: "Callable[[list[float]], list[float]]" = list
+) -> "tuple[list[int], list[int]]":
+    """(misses up to each call of a run of 60 tokens, the same of a replay of its trace, its probabilities spoilt)"""
+    engine = Engine(packed, EngineSettings(experts_per_layer=2, policy=policy, staging=1, validate=True))
+    misses = []
+    with Recorder(path, routers(engine.model, packed), 6, lookahead=0, ranked=0) as recorder:
+        engine.runner.observer = Watched(recorder)
+        past = None
+        recorder.begin(4)
+        for ids in [torch.tensor([PROMPTS[0][0][:4]]), *(torch.tensor([[7 * n % 90 + 3]]) for n in range(60))]:
+            with torch.no_grad():
+                past = engine.model(ids, past_key_values=past, use_cache=True).past_key_values
+            misses.append(engine.metrics().requests - engine.metrics().hits)
+    told = engine.runner._cache.needs_probabilities or (
+        engine.runner._cache.uses_probabilities and engine.decode.steps > 0
+    )
+    engine.close()
+    trace = read_trace(path)
+    cache = ExpertCache(layers=3, capacities=[2] * 3, staging=1, policy=POLICIES[policy], validate=True)
+    again = []
+    for layer, experts, shares in requests_of(trace, told):
+        replay(cache, [(layer, experts, None if shares is None else spoil(shares))])
+        if layer == 2:
+            again.append(cache.counters.requests - cache.counters.hits)
+    return misses, again
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("decode", ["modules", "compiled"])
+def test_a_recorded_trace_replays_to_the_misses_of_the_run(
+    packed4: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, decode: str
+) -> None:
+    monkeypatch.setenv("GREENROOM_DECODE", decode)
+    live, again = run_and_replay(packed4, tmp_path / "t.npz", policy)
+    assert again == live and len(set(live)) > 20
+
+
+@pytest.mark.parametrize("policy", ["probability", "learned"])
+def test_the_replay_notices_other_probabilities(packed4: PackedModel, tmp_path: Path, policy: str) -> None:
+    """Negative control: what the gate thinks of all experts has a say in what the live cache keeps."""
+    if policy == "learned" and native.extension() is None:
+        pytest.skip("without the compiled step it is not told")
+    live, again = run_and_replay(packed4, tmp_path / "t.npz", policy, spoil=lambda shares: shares[::-1])
+    assert again != live
 
 
 def test_recording_changes_no_bit(packed4: PackedModel, tmp_path: Path) -> None:

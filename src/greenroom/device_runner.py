@@ -20,7 +20,7 @@ from greenroom.kernels.over_slots import SlotsKernel
 from greenroom.metrics import Stopwatch
 from greenroom.packed import ExpertsEntry
 from greenroom.placement import Placement
-from greenroom.runner import Call, ExpertRunner, activation_of
+from greenroom.runner import Call, ExpertRunner, Shares, activation_of
 from greenroom.speculation import Speculation
 from greenroom.tiers import DeviceArena, SlotTable, TierTransfer
 
@@ -32,12 +32,16 @@ class DeviceCall(Call):
     """A call whose x and weights lie on the device; its routing has been fetched."""
 
     def __init__(
-        self, entry: ExpertsEntry, x: torch.Tensor, weights: torch.Tensor, fetched: "list[torch.Tensor]"
+        self,
+        entry: ExpertsEntry,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        fetched: "tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]",
     ) -> None:
-        index, host_weights, *host_x = fetched
-        super().__init__(entry, x, index, host_weights)
+        index, host_weights, shares, host_x = fetched
+        super().__init__(entry, x, index, host_weights, shares)
         self.device_weights, self.index = weights, index.tolist()
-        self.host_x = host_x[0].to(torch.float32) if host_x else None
+        self.host_x = None if host_x is None else host_x.to(torch.float32)
         """x on the host, where it may be computed there"""
 
     def span(self, expert: int) -> "tuple[int, int]":
@@ -73,7 +77,8 @@ class AheadCall:
     index: torch.Tensor
     weights: torch.Tensor
     back: "list[torch.Tensor]"
-    """index, weights and the slots that were used, on the host once `event` has come"""
+    """index, weights, the slots that were used and, where the cache is told of them, the router's shares; on the host
+    once `event` has come"""
     event: Event
 
 
@@ -131,7 +136,8 @@ class DeviceRunner(ExpertRunner):
         self._slots_kernel.pairs(x, self._arena.memory, slots, entry.tensors, activation_of(module), out)
         places = torch.arange(slots.numel(), dtype=torch.int32, device=x.device).view(slots.shape)
         places = torch.where(slots >= 0, places, -1)
-        back, event = self._device.send_back(top_k_index, top_k_weights, slots)
+        shares = self._shares(layer, x)
+        back, event = self._device.send_back(top_k_index, top_k_weights, slots, *([] if shares is None else [shares]))
         self._ahead.append(AheadCall(layer, x, top_k_index, top_k_weights, back, event))
         return self._slots_kernel.combine(out.flatten(0, 1), places, top_k_weights).to(x.dtype)
 
@@ -139,17 +145,18 @@ class DeviceRunner(ExpertRunner):
         """Whether a call that was launched ahead found all its experts where the cache has them; it is then counted as
         any other. If not, nothing has happened, and the call has to be made again."""
         self._device.synchronise(call.event)
-        index, weights, slots = (tensor[0].tolist() for tensor in call.back)
+        index, weights, slots, *told = (tensor[0].tolist() for tensor in call.back)
+        shares = told[0] if told else None
         count = self._entries[call.layer].num_experts
         found = sorted((weight, e, slot) for weight, e, slot in zip(weights, index, slots, strict=True) if e < count)
         if any(slot < 0 or slot != self._cache.ready(call.layer, expert) for _, expert, slot in found):
             return False
         valued = [expert for _, expert, _ in found]
-        if self._cache.hit(call.layer, sorted(valued), valued) is None:
+        if self._cache.hit(call.layer, sorted(valued), valued, shares) is None:
             return False
         if self.observer is not None:
-            self.observer(call.layer, call.x, call.index, call.weights)
-        self._note(call.layer, valued, prompt=False)
+            self.observer(call.layer, call.x, call.index, call.weights, shares)
+        self._note(call.layer, valued, shares, prompt=False)
         self._count()
         return True
 
@@ -162,12 +169,15 @@ class DeviceRunner(ExpertRunner):
 
     def _call(self, layer: int, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Call:
         self._choose = self.placement.enabled and len(x) == 1
-        fetched = self._device.fetch(top_k_index, top_k_weights, *([x] if self._choose else []))
-        return DeviceCall(self._entries[layer], x, top_k_weights, fetched)
+        wanted = [top_k_index, top_k_weights, self._shares(layer, x), x if self._choose else None]
+        found = iter(self._device.fetch(*(one for one in wanted if one is not None)))
+        index, weights, shares, host_x = (None if one is None else next(found) for one in wanted)
+        assert index is not None and weights is not None
+        return DeviceCall(self._entries[layer], x, top_k_weights, (index, weights, shares, host_x))
 
-    def _ask(self, layer: int, experts: "list[int]", valued: "list[int]") -> None:
+    def _ask(self, layer: int, experts: "list[int]", valued: "list[int]", shares: "Shares | None") -> None:
         self._learn(layer, experts)
-        access = self._cache.request(layer, experts, valued)
+        access = self._cache.request(layer, experts, valued, shares)
         missing = {expert for _, expert in access.misses}
         self._here = self._leave_in_ram(layer, [e for e in valued if e in missing]) if self._choose else []
         self._start_loads()

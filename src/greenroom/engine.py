@@ -149,14 +149,14 @@ class Engine:
     def _parts(self) -> "dict[str, Any]":
         """What runners on every device have; the transfer has been made."""
         settings, entries = self.settings, self.packed.manifest.experts
+        gates = routers(self.model, self.packed)
         return {
             "entries": entries,
             "cache": self._cache(),
             "transfer": self._transfer,
             "curve": self.curve,
-            "prefetcher": Prefetcher(
-                routers(self.model, self.packed), settings.prefetch, settings.lookahead, self.plan.staging_buffers
-            ),
+            "routers": gates,
+            "prefetcher": Prefetcher(gates, settings.prefetch, settings.lookahead, self.plan.staging_buffers),
         }
 
     def _policy(self, name: str) -> "Callable[[int], EvictionPolicy]":

@@ -25,6 +25,14 @@ class Router:
         logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         return logits if self.correction is None else logits.sigmoid() + self.correction
 
+    def shares(self, scores: torch.Tensor) -> torch.Tensor:
+        """`scores` [T, num_experts] as shares of 1, float16, which traces hold: the softmax of the logits, or, without
+        the correction that only ranks, their sigmoids over their sum."""
+        if self.correction is None:
+            return scores.float().softmax(dim=1).half()
+        plain = scores.float() - self.correction.float()
+        return (plain / plain.sum(dim=1, keepdim=True)).half()
+
 
 class Prefetcher:
     """Ranked guesses for `lookahead` layers ahead.

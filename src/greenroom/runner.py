@@ -15,12 +15,16 @@ from greenroom.cache.curve import MissRatioCurve
 from greenroom.kernels import Activation, ExpertsKernel, ExpertTask, native
 from greenroom.metrics import Metrics, Stopwatch
 from greenroom.packed import ExpertsEntry
-from greenroom.prefetch import Prefetcher
+from greenroom.prefetch import Prefetcher, Router
 from greenroom.store import Arena
 from greenroom.threads import kept_from_torch
 from greenroom.transfer import Transfer
 
 Rows = torch.Tensor | list[list[int]] | list[list[float]]
+Shares = list[float]
+"""What a router thinks of all experts for one token: shares of 1 that float16 can hold, as traces do."""
+Observer = Callable[[int, torch.Tensor, Rows, Rows, "Shares | None"], None]
+"""(layer, x [T, H], top_k_index [T, k], top_k_weights [T, k], the router's probabilities where the cache is told)"""
 
 _ANY_ORDER = 64
 """Up to this many (token, expert) pairs, outputs are kept until all are there, and computed in order of arrival."""
@@ -43,17 +47,18 @@ class ExpertRunner:
         arena: Arena,
         kernel: ExpertsKernel,
         prefetcher: Prefetcher,
+        routers: "Sequence[Router | None]",
         curve: MissRatioCurve,
     ) -> None:
         self._entries, self._cache, self._transfer, self._arena = entries, cache, transfer, arena
-        self._kernel, self._prefetcher, self._curve = kernel, prefetcher, curve
+        self._kernel, self._prefetcher, self._routers, self._curve = kernel, prefetcher, routers, curve
         self._kinds: dict[int, str] = {}
         self.metrics = Metrics()
-        self.trace: list[tuple[int, tuple[int, ...]]] | None = None
-        """Set to a list to record (layer, experts, least valuable first) of every call."""
-        self.observer: Callable[[int, torch.Tensor, Rows, Rows], None] | None = None
-        """Called before each call with its layer, x, top_k_index and top_k_weights; for a single token the last two may
-        be lists of one row: tensors of a few numbers take longer to make than to use."""
+        self.trace: list[tuple[int, tuple[int, ...], Shares | None]] | None = None
+        """Set to a list to record every call, as `cache.replay` wants it."""
+        self.observer: Observer | None = None
+        """Called before each call; for a single token index and weights may be lists of one row: tensors of a few
+        numbers take longer to make than to use."""
 
     @torch.no_grad()
     def __call__(
@@ -63,13 +68,13 @@ class ExpertRunner:
 
         An index that is not an expert's (the sentinel `num_experts`) adds nothing.
         """
-        if self.observer is not None:
-            self.observer(layer, x, top_k_index, top_k_weights)
         call = self._call(layer, x, top_k_index, top_k_weights)
+        if self.observer is not None:
+            self.observer(layer, x, top_k_index, top_k_weights, call.shares)
         prompt = top_k_index.numel() > _ANY_ORDER
-        self._note(layer, call.valued, prompt)
+        self._note(layer, call.valued, call.shares, prompt)
         try:
-            self._ask(layer, call.experts, call.valued)
+            self._ask(layer, call.experts, call.valued, call.shares)
             if len(x):
                 self._guess(layer, x, top_k_index.shape[1], prompt)
             with kept_from_torch():
@@ -90,22 +95,24 @@ class ExpertRunner:
         weights: "list[float]",
         outputs: torch.Tensor,
         meanwhile: "Callable[[], None]",
+        shares: "Callable[[], Shares]",
     ) -> None:
         """The same for one token of the compiled decode step: a `decode.ServeToken`."""
         ranked = sorted(zip(weights, experts, strict=True))
         valued = [expert for _, expert in ranked]
+        given = shares() if self._cache.uses_probabilities else None
         if self.observer is not None:
-            self.observer(layer, x, [valued[::-1]], [[weight for weight, _ in reversed(ranked)]])
-        self._note(layer, valued, prompt=False)
+            self.observer(layer, x, [valued[::-1]], [[weight for weight, _ in reversed(ranked)]], given)
+        self._note(layer, valued, given, prompt=False)
         kind = self._kinds.get(layer) or self._kinds.setdefault(layer, seam.activation_kind(module))
-        buffers = None if self._prefetcher.experts else self._cache.hit(layer, experts, valued)
+        buffers = None if self._prefetcher.experts else self._cache.hit(layer, experts, valued, given)
         if buffers is not None:
             meanwhile()
             self._token(layer, kind, x, buffers, list(range(len(experts))), outputs)
             self._count()
             return
         try:
-            self._ask(layer, experts, valued)
+            self._ask(layer, experts, valued, given)
             self._guess(layer, x, len(experts), prompt=False)
             meanwhile()
             places = {expert: place for place, expert in enumerate(experts)}
@@ -126,24 +133,33 @@ class ExpertRunner:
             raise
         self._count()
 
-    def _note(self, layer: int, valued: "list[int]", prompt: bool) -> None:
+    def _note(self, layer: int, valued: "list[int]", shares: "Shares | None", prompt: bool) -> None:
         """Count a call and keep its experts, least valuable first, for whoever studies them."""
         self.metrics.calls += 1
         if self.trace is not None:
-            self.trace.append((layer, tuple(valued)))
+            self.trace.append((layer, tuple(valued), shares))
         if not prompt:
             self._curve.feed(layer, valued)
 
     def _call(self, layer: int, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> "Call":
-        return Call(self._entries[layer], x, top_k_index, top_k_weights)
+        shares = self._shares(layer, x)
+        return Call(self._entries[layer], x, top_k_index, top_k_weights, shares)
+
+    def _shares(self, layer: int, x: torch.Tensor) -> "torch.Tensor | None":
+        """What the router thinks of all experts for one token, float16 [1, experts] where x is, if the cache needs it
+        and the router can be computed again."""
+        router = self._routers[layer]
+        if not self._cache.needs_probabilities or len(x) != 1 or router is None or not router.reads(x):
+            return None
+        return router.shares(router.scores(x))
 
     def _serve(self, layer: int, call: "Call", activation: Activation, prompt: bool) -> torch.Tensor:
         """The weighted sum, when all has been asked for."""
         serve = self._in_turn if prompt else self._as_they_come
         return serve(layer, call, activation)
 
-    def _ask(self, layer: int, experts: "list[int]", valued: "list[int]") -> None:
-        self._cache.request(layer, experts, valued)
+    def _ask(self, layer: int, experts: "list[int]", valued: "list[int]", shares: "Shares | None") -> None:
+        self._cache.request(layer, experts, valued, shares)
         self._start_loads()
 
     def _guess(self, layer: int, x: torch.Tensor, top_k: int, prompt: bool) -> None:
@@ -249,12 +265,19 @@ class ExpertRunner:
 
 
 class Call:
-    """One call's routing, sorted by expert. x [T, H] may lie on a device, index and weights [T, k] lie on the host."""
+    """One call's routing, sorted by expert. x [T, H] may lie on a device; index and weights [T, k] and, where the cache
+    is told of them, the router's `shares` [1, experts] lie on the host."""
 
     def __init__(
-        self, entry: ExpertsEntry, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        entry: ExpertsEntry,
+        x: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        shares: "torch.Tensor | None",
     ) -> None:
         self.x = x
+        self.shares: Shares | None = None if shares is None else shares[0].tolist()
         top_k = top_k_index.shape[1]
         flat = top_k_index.reshape(-1)
         self.order = torch.argsort(flat, stable=True)

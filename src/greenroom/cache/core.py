@@ -111,6 +111,10 @@ class ExpertCache:
         self.buffers = sum(capacities) + staging
         self.counters = Counters()
         self._policies = [policy(capacity) for capacity in capacities]
+        self.uses_probabilities = any(one.uses_probabilities for one in self._policies)
+        """whether a policy gains by the router's probabilities"""
+        self.needs_probabilities = any(one.needs_probabilities for one in self._policies)
+        """whether one needs them so much that the router is to be computed again"""
         self._validate = validate
         self._free = deque(range(self.buffers))
         self._held: dict[Key, _Held] = {}
@@ -156,9 +160,15 @@ class ExpertCache:
         self._check()
         return access
 
-    def hit(self, layer: int, experts: Sequence[int], valued: Sequence[int]) -> "list[int] | None":
+    def hit(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        valued: Sequence[int],
+        probabilities: "Sequence[float] | None" = None,
+    ) -> "list[int] | None":
         """The buffers of `experts` where all are there and nothing is guessed: a whole access in one step, from request
-        to finish. None where something is missing; then nothing has happened."""
+        to finish, with the same arguments. None where something is missing; then nothing has happened."""
         group, held = self._group(layer), self._held
         resident = self._resident[group]
         needed = [(layer, expert) for expert in experts]
@@ -168,7 +178,8 @@ class ExpertCache:
             return None
         self.counters.hits += len(needed)
         buffers = [held[key].buffer for key in needed]
-        after = self._policies[group].update([(layer, expert) for expert in valued], Hints(layer, self._recent))
+        hints = Hints(layer, self._recent, probabilities)
+        after = self._policies[group].update([(layer, expert) for expert in valued], hints)
         self._recent[layer] = valued
         if len(after) != len(resident):  # a policy may let go of what was just used
             self._resident[group] = set(after)

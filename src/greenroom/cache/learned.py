@@ -27,7 +27,7 @@ class Learned(Scorer):
     """
 
     needs_context = True
-    needs_probabilities = True
+    uses_probabilities = True
     HORIZON = 8
     GAMMA = 0.75
     RATE = 0.04
@@ -107,6 +107,8 @@ _replay = extension()
 class CompiledLearned:
     """`Learned` for one layer, where there is an extension: some microseconds a request."""
 
+    uses_probabilities, needs_probabilities = Learned.uses_probabilities, Learned.needs_probabilities
+
     def __init__(self) -> None:
         assert _replay is not None
         self._learned = _replay.Learned(len(CONTEXT), *constants())
@@ -137,6 +139,6 @@ def constants() -> "tuple[list[float], list[float], list[float], list[float], fl
     )
 
 
-def learned() -> "Scorer | CompiledLearned":
+def learned() -> "type[Learned] | type[CompiledLearned]":
     """The faster of the two that there is."""
-    return CompiledLearned() if _replay is not None else Learned()
+    return CompiledLearned if _replay is not None else Learned

@@ -29,9 +29,15 @@ class Hints:
 
 
 class EvictionPolicy(Protocol):
-    """Keeps at most `capacity` keys."""
+    """Keeps at most `capacity` keys.
+
+    `uses_probabilities`: it gains by `Hints.probabilities`. `needs_probabilities`: so much that the router is to be
+    computed again where they are not at hand.
+    """
 
     capacity: int
+    uses_probabilities: bool
+    needs_probabilities: bool
 
     def update(self, used: Sequence[Key], hints: Hints) -> Collection[Key]:
         """Account one atomic use of `used` (distinct keys) and return the keys resident from now on."""
@@ -40,6 +46,8 @@ class EvictionPolicy(Protocol):
 
 class LRU:
     """Least recently used leaves first: the paper's cache."""
+
+    uses_probabilities = needs_probabilities = False
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -61,6 +69,8 @@ class S3FIFO:
 
     A set counts as hits first, then as arrivals, least valuable first; an arrival may push out another of its set.
     """
+
+    uses_probabilities = needs_probabilities = False
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -114,9 +124,10 @@ class Scored:
     group, too.
     """
 
-    def __init__(self, capacity: int, scorer: Callable[[], Scorer | CompiledLearned]) -> None:
+    def __init__(self, capacity: int, scorer: "type[Scorer] | type[CompiledLearned]") -> None:
         self.capacity = capacity
         self._scorer = scorer
+        self.uses_probabilities, self.needs_probabilities = scorer.uses_probabilities, scorer.needs_probabilities
         self._layers: dict[int, Scorer | CompiledLearned] = {}
         self._resident: dict[Key, float] = {}  # each with its score as of its layer's last request
 
@@ -135,16 +146,16 @@ class Scored:
         return self._resident.keys()
 
 
-def _scored(scorer: Callable[[], Scorer | CompiledLearned]) -> Callable[[int], EvictionPolicy]:
-    return lambda capacity: Scored(capacity, scorer)
+def _scored(scorer: "Callable[[], type[Scorer] | type[CompiledLearned]]") -> Callable[[int], EvictionPolicy]:
+    return lambda capacity: Scored(capacity, scorer())
 
 
 POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
     "lru": LRU,
-    "lfu": _scored(Frequency),
+    "lfu": _scored(lambda: Frequency),
     "s3fifo": S3FIFO,
-    "frequency-age": _scored(FrequencyAge),
-    "probability": _scored(Probability),
+    "frequency-age": _scored(lambda: FrequencyAge),
+    "probability": _scored(lambda: Probability),
     "learned": _scored(learned),
 }
 """Name on the command line → constructor taking the capacity in slots."""

@@ -1,23 +1,18 @@
 """Replay a routing trace through the very core that the engine runs, with reads that finish at once."""
 
 from collections.abc import Iterable, Sequence
-from itertools import repeat
 
 from greenroom.cache.core import Access, ExpertCache
 
+Request = tuple[int, Sequence[int]] | tuple[int, Sequence[int], Sequence[float] | None]
+"""(layer; distinct experts, least valuable first; the router's probabilities of all experts, where they were given)"""
 
-def replay(
-    cache: ExpertCache,
-    requests: Iterable[tuple[int, Sequence[int]]],
-    probabilities: "Iterable[Sequence[float] | None]" = repeat(None),  # noqa: B008 (endless, so it keeps no state)
-) -> list[Access]:
-    """Run `requests` of (layer, distinct experts, least valuable first) and return how each was found.
 
-    `probabilities`: the router's for all experts of the layer, one for each request.
-    """
+def replay(cache: ExpertCache, requests: Iterable[Request]) -> list[Access]:
+    """Run `requests` and return how each was found."""
     accesses = []
-    for (layer, experts), given in zip(requests, probabilities, strict=False):
-        accesses.append(cache.request(layer, experts, probabilities=given))
+    for layer, experts, *given in requests:
+        accesses.append(cache.request(layer, experts, None, *given))
         waiting = list(experts)
         while waiting:
             for load in cache.issue():

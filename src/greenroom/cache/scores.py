@@ -24,7 +24,10 @@ CONTEXT = (-8, -4, -2, -1, 2, 6)
 class Scorer:
     """Base: lanes of scores that grow as higher experts appear. Subclasses fill `_observe` and list `_arrays`."""
 
+    uses_probabilities = False
+    """whether it sees the router's probabilities of all experts, where there are any"""
     needs_probabilities = False
+    """whether it is much worse without them"""
     needs_context = False
 
     def __init__(self, lanes: int = 1, experts: int = 0) -> None:
@@ -49,7 +52,7 @@ class Scorer:
         context = [to_set(recent.get(layer + step, ())) for step in CONTEXT] if self.needs_context else []
         sets = to_set(used)
         given = None
-        if self.needs_probabilities and probabilities is not None:
+        if self.uses_probabilities and probabilities is not None:
             given = np.asarray(probabilities, np.float64)[None]
         highest = max((int(s.max()) for s in (sets, *context) if s.size), default=0)
         self._grow(max(highest + 1, 0 if given is None else given.shape[1] + 1))
@@ -140,7 +143,7 @@ class Probability(Scorer):
     Without probabilities a use counts 1, shared by the set: the decayed frequency.
     """
 
-    needs_probabilities = True
+    uses_probabilities = needs_probabilities = True
 
     def __init__(self, lanes: int = 1, experts: int = 0, half_life: float = 8.0) -> None:
         super().__init__(lanes, experts)

@@ -91,7 +91,7 @@ def _scored(
                 if scorer.needs_context
                 else ()
             )
-            given = probabilities[start + row] if scorer.needs_probabilities and probabilities is not None else None
+            given = probabilities[start + row] if scorer.uses_probabilities and probabilities is not None else None
             out[row] = lanes.update(used, context, given)
             current, last = last, current
         yield out

@@ -37,9 +37,11 @@ class ServeToken(Protocol):
         weights: "list[float]",
         outputs: torch.Tensor,
         meanwhile: "Callable[[], None]",
+        shares: "Callable[[], list[float]]",
     ) -> None:
         """Put each expert's output for x [1, H], unweighted, into its row of outputs [k, H]; `experts` are ascending.
-        `meanwhile` is called once, when what is missing is on its way."""
+        `meanwhile` is called once, when what is missing is on its way. `shares` tells what the router thinks of all
+        experts (see `prefetch.Router.shares`)."""
         ...
 
 
@@ -180,6 +182,7 @@ class DecodeStep:
             weights,
             self._outputs,
             lambda: decoder.shared(index, threads),
+            decoder.shares,
         )
         decoder.combine(index, self._outputs.data_ptr(), weights)
 

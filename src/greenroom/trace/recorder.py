@@ -1,7 +1,7 @@
 """Record routing from a running model: set `ExpertRunner.observer` to a `Recorder`. The one file here that knows torch.
 
 What a layer's gate thinks is computed again from its input, for many tokens at once and after the fact, so that a token
-waits only for a copy of its inputs.
+waits only for a copy of its inputs; what the cache was told of it is kept as it was told.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _BATCH = 64
 
 
 class Recorder:
-    """Called by the runner as (layer, x [T, H], top_k_index [T, k], top_k_weights [T, k]); writes the trace `path`.
+    """Called by the runner as `runner.Observer`; writes the trace `path`.
 
     `routers`: one per layer, None where a gate is no plain matrix (then it has neither probabilities nor guesses).
     `lookahead`: layers ahead to guess; `ranked`: experts per guess. Use as a context manager, with `begin` before each
@@ -76,13 +76,15 @@ class Recorder:
             self._writer.end_prompt()
         self._unread = prompt_tokens
 
-    def __call__(self, layer: int, x: torch.Tensor, index: Rows, weights: Rows) -> None:
+    def __call__(
+        self, layer: int, x: torch.Tensor, index: Rows, weights: Rows, probabilities: "Sequence[float] | None" = None
+    ) -> None:
         """Note one layer's call."""
         if layer == 0:
             if len(x) > 1 or self._layers[0].finished or len(self._passes) >= _BATCH:
                 self._flush()
             self._passes.append(len(x))
-        self._layers[layer].add(x, index, weights)
+        self._layers[layer].add(x, index, weights, probabilities)
         if len(x) > 1:  # many tokens: compute at once, and keep no more inputs than the layers ahead need
             with torch.no_grad(), kept_from_torch():
                 self._finish(layer)
@@ -90,7 +92,12 @@ class Recorder:
                 self._layers[layer - self._lookahead].inputs.clear()
 
     def _finish(self, layer: int) -> None:
-        """Compute the layer's gate on its own input and on those of the layers before, in one product."""
+        """What the layer's gate thinks, and the guesses for it."""
+        self._compute(layer)
+        self._layers[layer].put_told()
+
+    def _compute(self, layer: int) -> None:
+        """The layer's gate on its own input and on those of the layers before, in one product."""
         router, here = self._routers[layer], self._layers[layer]
         count = sum(self._passes)
         here.probabilities = np.zeros((count, self._experts), np.float16)
@@ -101,7 +108,7 @@ class Recorder:
             return
         scores = router.scores(torch.cat([x for one in back for x in one.inputs]))
         if self._probabilities:
-            here.probabilities[:, : scores.shape[1]] = _shares(router, scores[:count])
+            here.probabilities[:, : scores.shape[1]] = router.shares(scores[:count]).numpy()
         if len(back) > 1:
             best = scores[count:].topk(min(self._ranked, scores.shape[1]), dim=1).indices
             steps = best.numpy().reshape(len(back) - 1, count, -1).swapaxes(0, 1)
@@ -152,13 +159,22 @@ class _Layer:
         self.inputs: list[torch.Tensor] = []
         self._index: list[Rows] = []
         self._weights: list[Rows] = []
+        self._told: dict[int, Sequence[float]] = {}
         self.probabilities: NDArray[np.float16] | None = None
         self.guesses: NDArray[np.uint16] | None = None
 
-    def add(self, x: torch.Tensor, index: Rows, weights: Rows) -> None:
+    def add(self, x: torch.Tensor, index: Rows, weights: Rows, probabilities: "Sequence[float] | None") -> None:
+        if probabilities is not None:
+            self._told[sum(map(len, self._index))] = probabilities
         self.inputs.append(x.detach().clone())  # the model may write over it
         self._index.append(index)
         self._weights.append(weights)
+
+    def put_told(self) -> None:
+        """Let `probabilities` be what was told, where it was."""
+        assert self.probabilities is not None
+        for row, told in self._told.items():
+            self.probabilities[row, : len(told)] = told
 
     @property
     def finished(self) -> bool:
@@ -191,14 +207,3 @@ def _floats(rows: Rows) -> "NDArray[np.float32]":
 
 def _stack(arrays: "Sequence[NDArray[np.generic] | None]") -> "NDArray[np.generic]":
     return np.stack([array for array in arrays if array is not None], axis=1)
-
-
-def _shares(router: Router, scores: torch.Tensor) -> "NDArray[np.float16]":
-    """The router's scores of all experts [n, experts], without the correction that only ranks, as shares of 1."""
-    if router.correction is None:
-        shares = scores.float().softmax(dim=1)
-    else:
-        plain = scores.float() - router.correction.float()
-        shares = plain / plain.sum(dim=1, keepdim=True)
-    found: NDArray[np.float16] = shares.half().numpy()
-    return found
