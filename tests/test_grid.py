@@ -1,5 +1,6 @@
 """The grid against models that are really packed: the same bytes, the same figures; with controls that must fail."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from greenroom.evaluate import packed as packed_states
 from greenroom.evaluate.cells import Cells
 from greenroom.evaluate.grid import Cell, measure
 from greenroom.evaluate.head import Head
-from greenroom.evaluate.rounding import WidthsLinear, rounded
+from greenroom.evaluate.rounding import SharesLinear, rounded
 from greenroom.packing import pack
 from greenroom.quant import Format, Layout
 from test_cli import cache, call, refused  # noqa: F401
@@ -113,11 +114,11 @@ def test_a_dense_models_mlps_are_its_experts(tmp_path: Path) -> None:
     assert kl[16, 16] < 1e-9 < min(kl[16, 2], kl[2, 16])
 
 
-def test_shares_of_a_batch_meet_their_own_format() -> None:
+def test_shares_of_a_batch_meet_their_own_rounding() -> None:
     linear = torch.nn.Linear(64, 8)
     formats = [Format.of(2), Format.of(8)]
     x = torch.randn(4, 3, 64)
-    got = WidthsLinear(linear, formats)(x)
+    got = SharesLinear(linear, [functools.partial(rounded, format=format) for format in formats])(x)
     for share, format in enumerate(formats):
         part = slice(2 * share, 2 * share + 2)
         want = x[part] @ rounded(linear.weight, format).T + linear.bias

@@ -18,7 +18,7 @@ from greenroom import seam
 from greenroom.checkpoint import Checkpoint
 from greenroom.evaluate.cells import Cells
 from greenroom.evaluate.original import Original
-from greenroom.evaluate.rounding import Rounding, WidthsLinear, differing
+from greenroom.evaluate.rounding import Rounding, SharesLinear, differing, rounded
 from greenroom.evaluate.score import Summary, WindowScore, score, scoring_nbytes, summarise
 from greenroom.evaluate.states import StatesFile, batches, stream, windows_at_a_time
 from greenroom.evaluate.windows import Window
@@ -149,5 +149,6 @@ class _Row:
         with Original(self._folder, rounding, rounding.of_expert) as original:
             for path, formats in several.items():
                 linear: Any = original.model.get_submodule(path)
-                seam.replace(original.model, path, WidthsLinear(linear, formats))
+                ways = [functools.partial(rounded, format=format) for format in formats]
+                seam.replace(original.model, path, SharesLinear(linear, ways))
             yield original

@@ -1,11 +1,11 @@
 """Weights as a packed model would hold them: rounded to the formats of its manifest and back, without packing.
 
-Covers: a transform for `Original`, and linears that hold several formats at once, so that one pass through the layers
+Covers: a transform for `Original`, and linears that hold several roundings at once, so that one pass through the layers
 computes models that differ in their attention alone. Sizes come from the same manifest, so figures and bytes belong
 together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -53,21 +53,18 @@ class Rounding:
         return self._experts.get((path.rpartition(".")[0], parameter))
 
 
-class WidthsLinear(nn.Module):
-    """A linear in several formats: equal shares of the batch, in order, are multiplied with one of them each."""
+class SharesLinear(nn.Module):
+    """A linear rounded in several ways: equal shares of the batch, in order, are multiplied with one of them each."""
 
-    def __init__(self, linear: nn.Linear, formats: "Sequence[Format]") -> None:
+    def __init__(self, linear: nn.Linear, ways: "Sequence[Callable[[torch.Tensor], torch.Tensor]]") -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias, self.formats = linear.weight, linear.bias, tuple(formats)
+        self.weight, self.bias, self.ways = linear.weight, linear.bias, tuple(ways)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, ..., in_features] → [B, ..., out_features], where B is a multiple of the number of formats."""
-        shares = x.chunk(len(self.formats))
-        products = [
-            F.linear(share, rounded(self.weight, format), self.bias)
-            for share, format in zip(shares, self.formats, strict=True)
-        ]
+        """x [B, ..., in_features] → [B, ..., out_features], where B is a multiple of the number of ways."""
+        shares = x.chunk(len(self.ways))
+        products = [F.linear(share, way(self.weight), self.bias) for share, way in zip(shares, self.ways, strict=True)]
         return torch.cat(products)
 
 
