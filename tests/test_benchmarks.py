@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -21,7 +22,9 @@ from greenroom.cache import ExpertCache, replay
 from greenroom.config import EngineSettings
 from greenroom.engine import Engine
 from greenroom.errors import ConfigError
+from greenroom.evaluate.rounding import rounded
 from greenroom.packed import PackedModel
+from greenroom.quant import Format, Layout
 
 TINY = Shape(
     name="tiny",
@@ -328,3 +331,76 @@ def test_the_page_names_what_there_is() -> None:
         for room in re.findall(r"`([a-z]+)[`.]", where):
             assert any((paper.ROOT / "src" / "greenroom").glob(f"{room}*")), room
         assert "greenroom" in command or "prompt_bytes_read" in command
+
+
+# --- llama.cpp's formats
+
+
+def test_the_section_on_llama_cpps_formats_is_what_the_results_say() -> None:
+    from benchmarks import peer_quality_page as pages
+
+    text = pages.PAGE.read_text()
+    assert pages.section() in text + "\n", "run python -m benchmarks.peer_quality_page"
+    assert pages.page(text) == text and pages.page(text.replace(" KL", " LK")) != text
+
+
+def test_bits_for_the_same_divergence_by_hand() -> None:
+    from benchmarks.peer_quality_page import bits_for, frontier
+
+    points = frontier([(4.0, 0.1), (3.0, 0.8), (3.5, 0.9), (5.0, 0.1), (2.0, 6.4)])
+    assert points == [(2.0, 6.4), (3.0, 0.8), (4.0, 0.1)], "others are beaten in both"
+    assert bits_for(0.1, points) == 4.0 and bits_for(6.4, points) == 2.0
+    assert bits_for(0.8**0.5 * 0.1**0.5, points) == pytest.approx(3.5)
+    assert bits_for(0.05, points) is None and bits_for(7.0, points) is None
+
+
+class Halving:
+    """A peer that halves what it is shown, and notes in which rows."""
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[str, tuple[int, ...]]] = []
+
+    def round(self, kind: Any, weight: torch.Tensor) -> "tuple[torch.Tensor, int]":
+        self.shown.append((kind.name, tuple(weight.shape)))
+        block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        return weight / 2, weight.numel() // block * nbytes
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "shown", "bits"),
+    [
+        ("Q4_K", (8, 512), ("Q4_K", (8, 512)), 4.5),
+        ("Q4_K", (8, 576), ("Q4_K", (2, 2304)), 4.5),
+        ("Q4_K/Q5_0", (8, 576), ("Q5_0", (8, 576)), 5.5),
+        ("Q4_K/Q5_0", (8, 512), ("Q4_K", (8, 512)), 4.5),
+        ("Q4_0", (8, 576), ("Q4_0", (8, 576)), 4.5),
+        ("Q3_K", (4, 576), ("Q3_K", (1, 2304)), 3.4375),
+    ],
+)
+def test_rows_that_are_no_whole_blocks(
+    name: str, shape: "tuple[int, int]", shown: "tuple[str, tuple[int, int]]", bits: float
+) -> None:
+    from benchmarks.peer_rounding import way
+
+    peer = Halving()
+    one, weight = way(name, peer), torch.randn(*shape)
+    assert torch.equal(one.round(weight), weight / 2) and peer.shown == [shown]
+    assert one.nbytes(*shape) * 8 == bits * weight.numel()
+
+
+@pytest.mark.parametrize("name", ["Q9_K", "4g65", "4x", "Q4_K/Q4_0", ""])
+def test_a_format_that_is_none_is_refused(name: str) -> None:
+    from benchmarks.peer_rounding import way
+
+    with pytest.raises(ConfigError):
+        way(name, Halving())
+
+
+def test_our_formats_round_as_packing_does() -> None:
+    from benchmarks.peer_rounding import way
+
+    weight = torch.randn(8, 128)
+    one = way("3g32", Halving())
+    assert torch.equal(one.round(weight), rounded(weight, Format(bits=3, group_size=32)))
+    assert not torch.equal(one.round(weight), rounded(weight, Format(bits=3, group_size=64))), "control"
+    assert one.nbytes(8, 128) == Layout(8, 128, Format(bits=3, group_size=32)).nbytes
