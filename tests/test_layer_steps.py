@@ -8,9 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from greenroom import token_layers
 from greenroom.device_runner import DeviceRunner
 from greenroom.engine import Engine
-from greenroom.layer_steps import _Memo
+from greenroom.layer_steps import _Plain
 from greenroom.tiers import SlotTable
 from on_device import Engines, Timed
 from test_engine import EXPERTS, LAYERS, SHORT, same
@@ -74,10 +75,13 @@ def test_nothing_of_it_shows(
 
 @pytest.mark.parametrize("fixed", [0, 1, 2])
 def test_a_layer_that_cannot_be_taken_again_waits(
-    expected: "list[torch.Tensor]", device_engines: Engines, monkeypatch: pytest.MonkeyPatch, fixed: int
+    device_engines: Engines, monkeypatch: pytest.MonkeyPatch, fixed: int
 ) -> None:
     """As one with a recurrent state, between others."""
-    monkeypatch.setattr(_Memo, "whole", property(lambda memo: memo._layer is not None and memo._number != fixed))
+    real = token_layers.adopt
+    monkeypatch.setattr(token_layers, "adopt", lambda cache, number: None if number == fixed else real(cache, number))
+    monkeypatch.setattr(_Plain, "whole", property(lambda way: way._layer is not None and way._number != fixed))
+    expected = decoded(ahead(device_engines(experts_per_layer=EXPERTS), False).model)
     engine = ahead(device_engines(experts_per_layer=2))
     for _ in range(3):
         assert same(decoded(engine.model), expected)

@@ -12,8 +12,9 @@ import greenroom
 ROOMS = [
     "errors", "sizes", "progress", "environment", "machine", "buffers", "threads", "quant", "config", "seam",
     "checkpoint", "packed", "packing", "cache", "history", "store", "transfer", "device", "tiers", "placement",
-    "speculation", "prefetch", "trace", "analyze", "metrics", "kernels", "runner", "device_runner", "layer_steps",
-    "model", "naive", "decode", "planner", "probe", "wheels", "demo", "engine", "library", "evaluate", "cli",
+    "speculation", "prefetch", "trace", "analyze", "metrics", "kernels", "runner", "device_runner", "static_kv",
+    "token_layers", "layer_steps", "model", "naive", "decode", "planner", "probe", "wheels", "demo", "engine",
+    "library", "evaluate", "cli",
 ]  # fmt: skip
 """Lowest first: a room may import itself and what stands before it."""
 

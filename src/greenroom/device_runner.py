@@ -8,8 +8,8 @@ were moved in time.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -68,17 +68,26 @@ class DeviceCall(Call):
         return found.view(self.device_weights.shape).to(self.x.device, non_blocking=True)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class AheadCall:
-    """One token's call that was launched before the host knew its routing."""
+class AheadCall(NamedTuple):
+    """One token's call that is launched before the host knows its routing; all of it lies on the device."""
 
     layer: int
-    x: torch.Tensor
-    index: torch.Tensor
-    weights: torch.Tensor
-    back: "list[torch.Tensor]"
-    """index, weights, the slots that were used and, where the cache is told of them, the router's shares; on the host
-    once `event` has come"""
+    told: torch.Tensor
+    """int32 [3, 1, k]: index, the slots that were used, and the bits of the weights in float32"""
+    shares: "torch.Tensor | None"
+    """[1, num_experts], the router's, where the cache is told of them"""
+    seen: "tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None"
+    """x, index and weights, where there is an observer"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SentCall:
+    """A call that has been launched ahead, and what it tells the host."""
+
+    call: AheadCall
+    told: torch.Tensor
+    """on the host once `event` has come, as are `shares`"""
+    shares: "torch.Tensor | None"
     event: Event
 
 
@@ -133,20 +142,36 @@ class DeviceRunner(ExpertRunner):
             return super().__call__(layer, module, x, top_k_index, top_k_weights)
         entry, slots = self._entries[layer], self._table.find(layer, top_k_index)
         out = torch.empty((*slots.shape, entry.tensors[1].rows), dtype=torch.float32, device=x.device)
-        self._slots_kernel.pairs(x, self._arena.memory, slots, entry.tensors, activation_of(module), out)
+        kernel, memory = self._slots_kernel, self._arena.memory
+        self._device.launch(kernel.pairs, x, memory, slots, entry.tensors, activation_of(module), out)
         places = torch.arange(slots.numel(), dtype=torch.int32, device=x.device).view(slots.shape)
         places = torch.where(slots >= 0, places, -1)
-        shares = self._shares(layer, x)
-        back, event = self._device.send_back(top_k_index, top_k_weights, slots, *([] if shares is None else [shares]))
-        self._ahead.append(AheadCall(layer, x, top_k_index, top_k_weights, back, event))
-        return self._slots_kernel.combine(out.flatten(0, 1), places, top_k_weights).to(x.dtype)
+        bits = top_k_weights.to(torch.float32).view(torch.int32)
+        told = torch.stack((top_k_index.to(torch.int32), slots, bits))
+        seen = None if self.observer is None else (x, top_k_index, top_k_weights)
+        self._ahead.append(AheadCall(layer, told, self._shares(layer, x), seen))
+        return self._device.launch(kernel.combine, out.flatten(0, 1), places, top_k_weights).to(x.dtype)
 
-    def settle(self, call: "AheadCall") -> bool:
+    def send(self, calls: "Sequence[AheadCall]") -> "list[SentCall]":
+        """Let the device tell what calls that are now launched found."""
+        if not calls:
+            return []
+        shares = [call.shares for call in calls if call.shares is not None]
+        back, event = self._device.send_back(*(call.told for call in calls), *shares)
+        rest = iter(back[len(calls) :])
+        return [
+            SentCall(call, told, None if call.shares is None else next(rest), event)
+            for call, told in zip(calls, back, strict=False)
+        ]
+
+    def settle(self, sent: SentCall) -> bool:
         """Whether a call that was launched ahead found all its experts where the cache has them; it is then counted as
         any other. If not, nothing has happened, and the call has to be made again."""
-        self._device.synchronise(call.event)
-        index, weights, slots, *told = (tensor[0].tolist() for tensor in call.back)
-        shares = told[0] if told else None
+        self._device.synchronise(sent.event)
+        call = sent.call
+        index, slots = sent.told[:2, 0].tolist()
+        weights = sent.told[2, 0].view(torch.float32).tolist()
+        shares = None if sent.shares is None else sent.shares[0].tolist()
         count = self._entries[call.layer].num_experts
         found = sorted((weight, e, slot) for weight, e, slot in zip(weights, index, slots, strict=True) if e < count)
         if any(slot < 0 or slot != self._cache.ready(call.layer, expert) for _, expert, slot in found):
@@ -154,8 +179,8 @@ class DeviceRunner(ExpertRunner):
         valued = [expert for _, expert, _ in found]
         if self._cache.hit(call.layer, sorted(valued), valued, shares) is None:
             return False
-        if self.observer is not None:
-            self.observer(call.layer, call.x, call.index, call.weights, shares)
+        if self.observer is not None and call.seen is not None:
+            self.observer(call.layer, *call.seen, shares)
         self._note(call.layer, valued, shares, prompt=False)
         self._count()
         return True

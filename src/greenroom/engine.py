@@ -78,10 +78,10 @@ class Engine:
         self.runner = self._on_cpu() if self.device is None else self._on_device(self.device, slots_kernel)
         self.decode = DecodeStep(self.model.base_model, self.runner.token)
         self.steps: LayerSteps | None = None
-        if isinstance(self.runner, DeviceRunner):
+        if isinstance(self.runner, DeviceRunner) and self.device is not None:
             self.decode.enabled = False
             names = [entry.module for entry in packed.manifest.experts]
-            self.steps = LayerSteps(seam.stacked_layers(self.model, names), self.runner, self._shrink)
+            self.steps = LayerSteps(seam.stacked_layers(self.model, names), self.runner, self.device, self._shrink)
         self.model.greenroom = self
         seam.load_generation_config(self.model, packed.folder)
 
@@ -169,10 +169,11 @@ class Engine:
         return self.runner(layer, module, x, top_k_index, top_k_weights)
 
     def placement(self) -> str:
-        """Where missed experts are computed, what is guessed, and why, for people; empty where there is no choice."""
+        """Where missed experts are computed, what is guessed and captured, and why, for people; empty where there is
+        no choice."""
         if not isinstance(self.runner, DeviceRunner):
             return ""
-        return "; ".join(filter(None, (str(self.runner.placement), str(self.runner.speculation))))
+        return "; ".join(filter(None, map(str, (self.runner.placement, self.runner.speculation, self.steps or ""))))
 
     def metrics(self) -> Metrics:
         """A copy of the running totals."""

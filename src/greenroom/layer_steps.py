@@ -2,7 +2,7 @@
 
 So a device that runs out of memory in the middle of a token loses slots, not the answer. And a layer may be launched
 before it is known whether all its experts are there: the host looks one layer later, and where something was missing
-that layer and the one after are taken again.
+that layer and the one after are taken again. What is launched ahead is captured, where it can be (`token_layers`).
 """
 
 import dataclasses
@@ -11,24 +11,30 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
-from greenroom.device_runner import DeviceRunner
+from greenroom.device import Device
+from greenroom.device_runner import DeviceRunner, SentCall
+from greenroom.static_kv import NotServedError
+from greenroom.token_layers import Inputs, Sights, Token, TokenLayer
 
 _STEADY = 0.95
-"""The share of layers that found all their experts, from which on layers are launched ahead: without CUDA graphs taking
-two layers again costs the host twenty times what a read-back does."""
+"""The share of layers that found all their experts, from which on layers are launched ahead: where they are not
+captured, taking two layers again costs the host twenty times what a read-back does."""
+_STEADY_AS_GRAPHS = 0.6
+"""The same for layers that are captured: launching one costs a tenth, and only the one that lacked an expert is taken
+again by the host."""
 _WEIGHT = 1 / 256
 """Of the latest layer in that share."""
 
 
 @dataclasses.dataclass(slots=True)
 class _Launched:
-    """A layer that has been launched ahead."""
+    """A layer that has been launched, and the calls for experts that wait to be settled."""
 
-    run: "Callable[[], Any]"
-    memo: "_Memo"
+    way: "_Plain | Token"
     out: Any
-    calls: "list[Any]"
+    calls: "list[SentCall]"
 
 
 class LayerSteps:
@@ -37,9 +43,13 @@ class LayerSteps:
     `shrink` frees device memory, and raises where it has no more to give.
     """
 
-    def __init__(self, layers: "list[nn.Module]", runner: DeviceRunner, shrink: "Callable[[], None]") -> None:
+    def __init__(
+        self, layers: "list[nn.Module]", runner: DeviceRunner, device: Device, shrink: "Callable[[], None]"
+    ) -> None:
         self._runner, self._shrink = runner, shrink
         self._count = len(layers)
+        self._inputs, sights = Inputs(), Sights(device.place)
+        self._tokens = [TokenLayer(layer, device, runner, self._inputs, sights) for layer in layers]
         self._previous: _Launched | None = None
         self._last_out: Any = None
         self._chained, self._passes_on = -1, False
@@ -47,10 +57,20 @@ class LayerSteps:
         self._steady = 0.0
         self.ahead: bool | None = None
         """whether layers are launched ahead; None decides by the share that found all their experts"""
-        self.launched = 0
-        """layers launched ahead that need not be taken again"""
+        self.graphs = True
+        """whether what is launched ahead is captured"""
+        self.launched = self.replayed = 0
+        """layers launched ahead that need not be taken again; layers launched as graphs"""
         for number, layer in enumerate(layers):
             layer.forward = self._step(number, layer)
+
+    def __str__(self) -> str:
+        """For people: how single tokens pass the layers, and why not otherwise."""
+        if not self.replayed:
+            reasons = {token.eager or token.reason for token in self._tokens} - {""}
+            return f"no graphs: {min(reasons)}" if reasons else ""
+        eager = [f"layer {n}: {t.eager or t.reason}" for n, t in enumerate(self._tokens) if t.eager or t.reason]
+        return f"{self.replayed} layers as graphs" + (f"; not {'; '.join(eager[:2])}" if eager else "")
 
     def _step(self, number: int, layer: nn.Module) -> "Callable[..., Any]":
         forward = layer.forward
@@ -58,58 +78,100 @@ class LayerSteps:
 
         def step(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.get("hidden_states")
-            memo = _Memo(kwargs.get("past_key_values"), cached)
             if number == 0:
                 self._passes_on, self._chained, self._previous = self._chained == self._count - 1, 0, None
             else:
                 self._chained += hidden is _first(self._last_out)
-            ahead = self._goes_ahead(number, hidden, memo)
-            if (
-                self._previous is not None and not ahead
-            ):  # this layer cannot be taken again: what it gets has to be right
-                self._settle(self._previous)
-                self._previous = None
-            before = self._runner.metrics.misses
-            launched = self._take(lambda: forward(*args, **kwargs), memo, ahead)
-            if ahead:
-                launched = self._settle_previous(launched)
-                self._previous = launched
-                if number == self._count - 1:
-                    self._settle(launched)
-                    self._previous = None
-            elif _is_token(hidden):
-                self._steady += ((self._runner.metrics.misses == before) - self._steady) * _WEIGHT
+            try:
+                launched = self._advance(
+                    number, hidden, self._token(number, hidden, args, kwargs) or plain(args, kwargs)
+                )
+            except NotServedError:
+                launched = self._advance(number, hidden, plain(args, kwargs))
             self._last_out = launched.out
             return launched.out
 
+        def plain(args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> _Plain:
+            return _Plain(lambda: forward(*args, **kwargs), kwargs.get("past_key_values"), cached)
+
         return step
 
-    def _goes_ahead(self, number: int, hidden: Any, memo: "_Memo") -> bool:
+    def _token(self, number: int, hidden: Any, args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> "Token | None":
+        """The way of a single token, in less memory if there is none left for its keys and values."""
+        while _is_token(hidden):
+            try:
+                return self._tokens[number].token(args, kwargs)
+            except torch.OutOfMemoryError:
+                pass
+            self._free()
+        return None
+
+    def _advance(self, number: int, hidden: Any, way: "_Plain | Token") -> _Launched:
+        """Take a layer, ahead or not, and settle what was launched before."""
+        ahead = self._goes_ahead(number, hidden, way)
+        if self._previous is not None and not ahead:  # this layer cannot be taken again: what it gets has to be right
+            self._settle(self._previous)
+            self._previous = None
+        before = self._runner.metrics.misses
+        launched = self._take(way, ahead)
+        if ahead:
+            launched = self._settle_previous(launched)
+            self._previous = launched
+            if number == self._count - 1:
+                self._settle(launched)
+                self._previous = None
+        elif _is_token(hidden):
+            self._steady += ((self._runner.metrics.misses == before) - self._steady) * _WEIGHT
+        if isinstance(way, Token):
+            way.put()
+        return launched
+
+    def _goes_ahead(self, number: int, hidden: Any, way: "_Plain | Token") -> bool:
         """Whether to launch without waiting: one token, and layers that hand on their outputs as they are."""
         if number > 0 and self._previous is None:
             return False  # a token goes one way as a whole
-        wanted = self._steady > _STEADY if self.ahead is None else self.ahead
-        if not wanted or not memo.whole or torch.is_grad_enabled():
+        wanted = self._steady > self._threshold() if self.ahead is None else self.ahead
+        if not wanted or not way.whole or torch.is_grad_enabled():
             return False
         return self._passes_on and _is_token(hidden) and self._runner.may_go_ahead
 
-    def _take(self, run: "Callable[[], Any]", memo: "_Memo", ahead: bool) -> _Launched:
+    def _threshold(self) -> float:
+        captured = self.graphs and not any(token.reason or token.eager for token in self._tokens)
+        return _STEADY_AS_GRAPHS if captured else _STEADY
+
+    def _take(self, way: "_Plain | Token", ahead: bool) -> _Launched:
         """Run a layer, in less memory if there is none left."""
         while True:
             try:
-                with self._runner.going(ahead) as calls:
-                    return _Launched(run, memo, run(), calls)
+                return self._launch(way, ahead)
             except torch.OutOfMemoryError:
-                if not memo.restore():
+                if not way.restore():
                     raise
-            self._shrink()  # out of the handler: the failed frames and their tensors are gone
+            self._free()  # out of the handler: the failed frames and their tensors are gone
+
+    def _launch(self, way: "_Plain | Token", ahead: bool) -> _Launched:
+        if ahead and self.graphs and isinstance(way, Token):
+            replayed = way.replay()
+            if replayed is not None:
+                self.replayed += 1
+                return _Launched(way, replayed[0], self._runner.send(replayed[1]))
+        with self._runner.going(ahead) as calls:
+            out = way()
+        return _Launched(way, out, self._runner.send(calls))
+
+    def _free(self) -> None:
+        """Give up slots, and what was captured over them."""
+        for token in self._tokens:
+            token.forget()
+        self._inputs.clear()
+        self._shrink()
 
     def _settle_previous(self, launched: _Launched) -> _Launched:
         """The layer just launched, taken again if the one before had to be."""
         if self._previous is None or self._settle(self._previous):
             return launched
-        launched.memo.restore()
-        return self._take(launched.run, launched.memo, ahead=True)
+        launched.way.restore()
+        return self._take(launched.way, ahead=True)
 
     def _settle(self, launched: _Launched) -> bool:
         """Whether a layer found all its experts; if not it is taken again, and its outputs are put right in place."""
@@ -118,8 +180,8 @@ class LayerSteps:
         if found:
             self.launched += 1
             return True
-        launched.memo.restore()
-        right = self._take(launched.run, launched.memo, ahead=False)
+        launched.way.restore()
+        right = self._take(launched.way, ahead=False)
         _first(launched.out).copy_(_first(right.out))
         return False
 
@@ -133,10 +195,13 @@ def _first(out: Any) -> Any:
     return out[0] if isinstance(out, tuple) else out
 
 
-class _Memo:
-    """What a cache's layer held: keys and values grow by being replaced, so the old ones are still whole."""
+class _Plain:
+    """A layer's own forward, and what its layer of the cache held: keys and values grow by being replaced, so the old
+    ones are still whole."""
 
-    def __init__(self, cache: Any, number: "int | None") -> None:
+    def __init__(self, run: "Callable[[], Any]", cache: Any, number: "int | None") -> None:
+        self._run = run
+        self._known = cache is None or type(cache) is DynamicCache  # others may remember what is in no layer
         self._layers: Any = getattr(cache, "layers", [])
         self._number = number
         self._layer = self._layers[number] if number is not None and number < len(self._layers) else None
@@ -144,14 +209,18 @@ class _Memo:
         counts = [name for name, value in self._state.items() if torch.is_tensor(value) and value.numel() == 1]
         self._state |= {name: self._state[name].clone() for name in counts}
 
+    def __call__(self) -> Any:
+        """Take the layer."""
+        return self._run()
+
     @property
     def whole(self) -> bool:
         """Whether everything can be put back: keys and values are all there is, and not, say, a recurrent state."""
-        return self._layer is not None and hasattr(self._layer, "keys")
+        return self._known and self._layer is not None and hasattr(self._layer, "keys")
 
     def restore(self) -> bool:
         """Put it back; False where the layer's state is of another kind, or its number unknown."""
-        if self._number is None:
+        if self._number is None or not self._known:
             return False
         if self._layer is None:
             del self._layers[self._number :]  # made by the failed step, if at all

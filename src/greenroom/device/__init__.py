@@ -6,6 +6,6 @@ with clocks of its own, so that everything above can be tested where there is no
 
 from greenroom.device.cuda import CudaDevice, find_gpu
 from greenroom.device.fake import FakeDevice
-from greenroom.device.protocol import Device, Event
+from greenroom.device.protocol import Captured, CaptureError, Device, Event
 
-__all__ = ["CudaDevice", "Device", "Event", "FakeDevice", "find_gpu"]
+__all__ = ["CaptureError", "Captured", "CudaDevice", "Device", "Event", "FakeDevice", "find_gpu"]

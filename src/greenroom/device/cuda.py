@@ -1,12 +1,15 @@
 """A GPU through torch: a stream for each queue, events with times."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from greenroom.device.protocol import CaptureError, T, tensors
 from greenroom.errors import ConfigError
 
 cuda: Any = torch.cuda  # its types are incomplete
@@ -18,6 +21,17 @@ class CudaEvent:
 
     end: Any
     start: Any = None
+
+
+class CudaCaptured:
+    """A CUDA graph and what its function gave."""
+
+    def __init__(self, graph: Any, result: Any) -> None:
+        self.result, self._graph = result, graph
+
+    def replay(self) -> None:
+        """On the current stream."""
+        self._graph.replay()
 
 
 def find_gpu() -> "CudaDevice":
@@ -41,6 +55,9 @@ class CudaDevice:
         self.dtype = torch.bfloat16 if modern else torch.float16
         self._uploads, self._downloads = cuda.Stream(self.place), cuda.Stream(self.place)
         self._pinned: dict[int, torch.Tensor] = {}
+        self._capturing: Any = None
+        self._graphs: weakref.WeakSet[CudaCaptured] = weakref.WeakSet()
+        self._pool: Any = None
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Raises torch.OutOfMemoryError."""
@@ -120,6 +137,40 @@ class CudaDevice:
         self.synchronise(event)
         return found
 
+    def launch(self, kernel: "Callable[..., T]", *arguments: Any) -> T:
+        """Kernels queue themselves."""
+        return kernel(*arguments)
+
+    def capture(self, function: "Callable[[], Any]") -> CudaCaptured:
+        """As a CUDA graph; all share a pool of memory, in which nothing outlasts a replay.
+
+        The function is called twice: first to compile its kernels, to make memory for what it gives outside of the
+        pool, and to let torch refuse what waits, since a capture that fails leaves the allocator with an open pool.
+        """
+        with _nothing_waits():
+            result = function()
+        if not self._graphs:
+            self._pool = cuda.graph_pool_handle()
+        self._capturing = self._capturing or cuda.Stream(self.place)
+        graph = cuda.CUDAGraph()
+        self._capturing.wait_stream(cuda.current_stream(self.place))
+        with cuda.stream(self._capturing):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                for kept, made in zip(tensors(result), tensors(function()), strict=True):
+                    kept.copy_(made)
+            except BaseException as error:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+                    raise CaptureError(_first_line(error)) from error
+                raise
+            graph.capture_end()
+        cuda.current_stream(self.place).wait_stream(self._capturing)
+        captured = CudaCaptured(graph, result)
+        self._graphs.add(captured)
+        return captured
+
     def memory(self) -> "tuple[int, int]":
         """As the driver counts, other processes included."""
         free, total = cuda.mem_get_info(self.place)
@@ -132,3 +183,24 @@ class CudaDevice:
     def title(self) -> str:
         """As the driver calls it."""
         return str(cuda.get_device_name(self.place))
+
+
+@contextlib.contextmanager
+def _nothing_waits() -> "Iterator[None]":
+    """Within it, operations that let the host wait for the device raise CaptureError."""
+    before = cuda.get_sync_debug_mode()
+    cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        raise CaptureError(_first_line(error)) from error
+    finally:
+        cuda.set_sync_debug_mode(before)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,11 +3,16 @@
 So a missing wait shows as wrong bytes, and times follow from the rates that a test sets, not from the machine.
 """
 
+import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+
+from greenroom.device.protocol import T, tensors
+from greenroom.device.rules import Rules
 
 
 @dataclasses.dataclass(slots=True)
@@ -32,6 +37,30 @@ class FakeEvent:
             target.copy_(source)
 
 
+class FakeCaptured:
+    """Repeats a function by calling it, puts what it gives where it was first given, and holds it to what was noted."""
+
+    def __init__(self, device: "FakeDevice", function: "Callable[[], Any]") -> None:
+        self._device, self._function = device, function
+        self._noted, self.result = self._call()
+        for leaf in tensors(self.result):
+            if leaf.untyped_storage().data_ptr() not in self._noted.outside:
+                leaf.fill_(-7)  # captured is not computed
+
+    def replay(self) -> None:
+        """Call it again. Raises AssertionError where anything but values differs."""
+        noted, result = self._call()
+        for number, (one, other) in enumerate(zip(noted.noted, self._noted.noted, strict=False)):
+            assert one == other, f"operation {number} was {other} when it was captured and is {one} now"
+        assert len(noted.noted) == len(self._noted.noted), "operations are missing"
+        for found, target in zip(tensors(result), tensors(self.result), strict=True):
+            target.copy_(found)
+
+    def _call(self) -> "tuple[Rules, Any]":
+        with self._device.ruled() as rules:
+            return rules, self._function()
+
+
 class FakeDevice:
     """`nbytes` of memory behind a link of `link_bytes_per_s` each way.
 
@@ -47,6 +76,7 @@ class FakeDevice:
         self._free_at = {"up": 0.0, "down": 0.0}
         self.downloaded = 0
         """bytes"""
+        self._rules: Rules | None = None
 
     def spend(self, seconds: float) -> None:
         """A kernel that takes so long is launched."""
@@ -118,6 +148,24 @@ class FakeDevice:
         found, event = self.send_back(*tensors)
         self.synchronise(event)
         return found
+
+    def launch(self, kernel: "Callable[..., T]", *arguments: Any) -> T:
+        """Computes at once; one operation among those that are captured."""
+        return kernel(*arguments) if self._rules is None else self._rules.kernel(kernel, arguments)
+
+    @contextlib.contextmanager
+    def ruled(self) -> "Iterator[Rules]":
+        """Within it, the rules of capture hold."""
+        assert self._rules is None, "captured while capturing"
+        try:
+            with Rules() as self._rules:
+                yield self._rules
+        finally:
+            self._rules = None
+
+    def capture(self, function: "Callable[[], Any]") -> FakeCaptured:
+        """Keeps the function, and what it did."""
+        return FakeCaptured(self, function)
 
     def memory(self) -> "tuple[int, int]":
         """All of it is free."""

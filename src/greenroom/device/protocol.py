@@ -5,13 +5,31 @@ that are copied must not be read, nor their source written, before the copy's ev
 the events that it is told to come after.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 Event = Any
 """A point in a queue; each device has its own kind."""
+
+T = TypeVar("T")
+
+
+class CaptureError(Exception):
+    """What a function does cannot be repeated without the host."""
+
+
+class Captured(Protocol):
+    """What a function queued on the device, to be queued again as a whole."""
+
+    result: Any
+    """what the function gave; its tensors hold values after the first `replay`, and others after the next"""
+
+    def replay(self) -> None:
+        """Queue it once more: the same kernels on the same memory, whatever that holds by now."""
+        ...
 
 
 class Device(Protocol):
@@ -71,6 +89,18 @@ class Device(Protocol):
         """The values of device tensors on the host: waits for what computes them, once for all of them."""
         ...
 
+    def launch(self, kernel: "Callable[..., T]", *arguments: Any) -> T:
+        """Call `kernel`, whose code is the device's own: it reads and writes tensors among its arguments there."""
+        ...
+
+    def capture(self, function: "Callable[[], Any]") -> Captured:
+        """What `function` queues; it may be called more than once for that, and must not mind.
+
+        Raises CaptureError where it waits for the device, or sends or fetches values: its kernels have to be the same
+        whatever tensors hold. All that lies outside and is read has to stay where it is as long as the answer is used.
+        """
+        ...
+
     def memory(self) -> "tuple[int, int]":
         """(bytes free, bytes in all)."""
         ...
@@ -86,3 +116,8 @@ class Device(Protocol):
     def title(self) -> str:
         """The device, for people."""
         ...
+
+
+def tensors(result: Any) -> "list[torch.Tensor]":
+    """All tensors in a structure of tuples, lists and dictionaries, in order."""
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]

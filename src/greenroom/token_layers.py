@@ -1,0 +1,247 @@
+"""A decoder layer's way with one token, as a function of tensors that stay where they are, so that a device can repeat
+it without the host: its keys and values (`static_kv`), what the mask shows of them, and whatever else it is given.
+
+The first token of a length is captured; until room for keys and values grows, memory runs out, or somebody watches the
+layer's modules, the others are replays. The layer's own code runs either way, on the same shapes: bits are the same.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from greenroom.device import Captured, CaptureError, Device
+from greenroom.device_runner import AheadCall, DeviceRunner
+from greenroom.static_kv import NotServedError, StaticKV, StaticLayer, adopt, unfit
+
+Arguments = dict[str, Any]
+
+
+class _Fixed:
+    """Memory that stays, and the tensor that was last copied there."""
+
+    def __init__(self, memory: torch.Tensor, source: "torch.Tensor | None" = None) -> None:
+        self.memory, self.source, self._version = memory, source, -1
+
+    def take(self, tensor: torch.Tensor) -> None:
+        """Hold what `tensor` holds."""
+        version = -1 if tensor.is_inference() else tensor._version
+        if tensor is self.memory or (tensor is self.source and version == self._version >= 0):
+            return
+        self.memory.copy_(tensor)
+        self.source, self._version = tensor, version
+
+
+class Inputs:
+    """Fixed memory for what layers are given: what several of them get in a token is copied once."""
+
+    def __init__(self) -> None:
+        self._all: list[_Fixed] = []
+
+    def place(self, tensor: torch.Tensor) -> _Fixed:
+        """Where to put a tensor: where another layer put it, else somewhere new."""
+        for fixed in self._all:
+            if tensor is fixed.memory or tensor is fixed.source:
+                return fixed
+        self._all.append(_Fixed(torch.empty_like(tensor)))
+        return self._all[-1]
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """A tensor that stays where it is."""
+        self._all.append(_Fixed(tensor))
+
+    def clear(self) -> None:
+        """Nothing is used any more."""
+        self._all.clear()
+
+
+class _Sight:
+    """What tokens see of so much room for keys and values: a mask, and the slot of the next token."""
+
+    def __init__(self, room: int, slot: torch.Tensor) -> None:
+        self.room, self.slot = room, slot
+        self.mask = torch.empty(0)
+        self._shown: tuple[int, Any] = (-1, None)
+
+    def show(self, length: int, mask: "torch.Tensor | None", like: torch.Tensor) -> None:
+        """Of `length` positions before the token those that `mask` [1, heads, 1, n] lets it see: its last is the
+        token. None: all."""
+        if self._shown[0] == length and self._shown[1] is mask:
+            return
+        shape = (*(mask.shape[:-1] if mask is not None else (1, 1, 1)), self.room)
+        dtype = like.dtype if mask is None else mask.dtype
+        if self.mask.shape != shape or self.mask.dtype != dtype or self.mask.device != like.device:
+            self.mask = torch.empty(shape, dtype=dtype, device=like.device)
+        if length < self.room:  # nothing has been overwritten
+            self.mask.fill_(False if dtype == torch.bool else torch.finfo(dtype).min)
+            here = self.mask[..., : length + 1]
+            here.zero_() if mask is None else here.copy_(mask)
+        elif mask is None:
+            self.mask.zero_()
+        else:
+            self.mask.copy_(mask.roll((length + 1) % self.room, -1))
+        self.slot.fill_(length % self.room)
+        self._shown = (length, mask)
+
+
+class Sights:
+    """One for each room and window; layers share them."""
+
+    def __init__(self, place: torch.device) -> None:
+        self._place = place
+        self._all: dict[tuple[int, int | None, bool], _Sight] = {}
+
+    def of(self, room: int, window: "int | None", masked: bool) -> _Sight:
+        """For layers that have so much room, and are given a mask or none."""
+        key = (room, window, masked)
+        if key not in self._all:
+            self._all[key] = _Sight(room, torch.zeros(1, dtype=torch.int64, device=self._place))
+        return self._all[key]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Graph:
+    captured: Captured
+    inputs: "list[_Fixed]"
+    key: "tuple[Any, ...]"
+
+
+class TokenLayer:
+    """One layer. `reason` says why it is not served this way, `eager` why it is not captured; empty while it is."""
+
+    def __init__(self, layer: nn.Module, device: Device, runner: DeviceRunner, inputs: Inputs, sights: Sights) -> None:
+        self._forward, self._modules = layer.forward, list(layer.modules())
+        self._device, self._runner, self._inputs, self._sights = device, runner, inputs, sights
+        number: Any = next((module.layer_idx for module in self._modules if hasattr(module, "layer_idx")), None)
+        self._kv, self._number = StaticKV(-1 if number is None else number), number
+        self._graph: _Graph | None = None
+        self.reason = self.eager = ""
+
+    def forget(self) -> None:
+        """Capture anew: what was captured reads memory that is no more."""
+        self._graph = None
+
+    def token(self, args: "tuple[Any, ...]", kwargs: Arguments) -> "Token | None":
+        """One token's way through the layer; None where it is not one, or not served this way."""
+        if self.reason or torch.is_grad_enabled():
+            return None
+        cache = kwargs.get("past_key_values")
+        layer = adopt(cache, self._number)
+        self.eager = self.eager or unfit(cache, self._number)
+        if layer is None or not _fits(layer, kwargs.get("attention_mask")):
+            return None
+        self._kv.hold(layer)
+        return Token(self, layer, layer.get_seq_length(), args, kwargs)
+
+    def watched(self) -> bool:
+        """Whether somebody looks on: hooks of modules and observers of experts run on the host."""
+        return self._runner.observer is not None or any(
+            module._forward_hooks or module._forward_pre_hooks for module in self._modules
+        )
+
+    def see(self, window: "int | None", length: int, args: "tuple[Any, ...]", kwargs: Arguments) -> Arguments:
+        """The layer's arguments after `length` tokens, with keys, values and mask in their places."""
+        mask, hidden = kwargs.get("attention_mask"), args[0] if args else kwargs["hidden_states"]
+        sight = self._sights.of(self._kv.room, window, mask is not None)
+        sight.show(length, mask, hidden)
+        self._kv.slot = sight.slot
+        return {**kwargs, "past_key_values": self._kv, "attention_mask": sight.mask}
+
+    def run(self, args: "tuple[Any, ...]", kwargs: Arguments) -> Any:
+        """The layer's own forward."""
+        try:
+            return self._forward(*args, **kwargs)
+        except NotServedError as error:
+            self.reason = str(error)
+            raise
+
+    def replay(self, args: "tuple[Any, ...]", kwargs: Arguments) -> "tuple[Any, list[AheadCall]] | None":
+        """The same as a graph, launched ahead; None where it cannot be one."""
+        if self.eager or self.watched():
+            return None
+        leaves, tree = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        others = (leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))
+        numbers = [leaf if isinstance(leaf, _PLAIN) else id(leaf) for leaf in others]
+        shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        key = (tree, self._kv.address, *numbers, *shapes)
+        if self._graph is None or self._graph.key != key:
+            self._graph = None
+            try:
+                self._graph = self._capture(leaves, tree, key)
+            except CaptureError as error:
+                self.eager = str(error)
+                return None
+        for fixed, tensor in zip(self._graph.inputs, tensors, strict=True):
+            fixed.take(tensor)
+        self._graph.captured.replay()
+        out, calls = self._graph.captured.result
+        return out, calls
+
+    def _capture(self, leaves: "list[Any]", tree: Any, key: "tuple[Any, ...]") -> _Graph:
+        inputs = []
+        for number, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                inputs.append(self._inputs.place(leaf))
+                inputs[-1].take(leaf)
+                leaves[number] = inputs[-1].memory
+        args, kwargs = tree_unflatten(leaves, tree)
+
+        def launch() -> "tuple[Any, list[AheadCall]]":
+            with self._runner.going(True) as calls:
+                return self.run(args, kwargs), calls
+
+        captured = self._device.capture(launch)
+        out = captured.result[0]
+        self._inputs.keep(out[0] if isinstance(out, tuple) else out)
+        return _Graph(captured, inputs, key)
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Token:
+    """One token's way through a layer, which may be gone again until `put`."""
+
+    _through: TokenLayer
+    _layer: StaticLayer
+    _length: int
+    """tokens before it"""
+    _args: "tuple[Any, ...]"
+    _kwargs: Arguments
+
+    @property
+    def whole(self) -> bool:
+        """Everything can be put back: nothing counts before `put`."""
+        return True
+
+    def restore(self) -> bool:
+        """Nothing to put back: taken again, a token goes to the same slot."""
+        return True
+
+    def __call__(self) -> Any:
+        """The layer's own code. Raises NotServedError where that wants more; then nothing has happened."""
+        return self._through.run(self._args, self._seen())
+
+    def replay(self) -> "tuple[Any, list[AheadCall]] | None":
+        """What the layer gives, and its calls for experts, all launched ahead; None where that is not to be had."""
+        return self._through.replay(self._args, self._seen())
+
+    def _seen(self) -> Arguments:
+        return self._through.see(self._layer.window, self._length, self._args, self._kwargs)
+
+    def put(self) -> None:
+        """The token has passed."""
+        self._layer.put()
+
+
+def _fits(layer: StaticLayer, mask: Any) -> bool:
+    """Whether a mask shows what the layer remembers, and the token."""
+    if mask is None:
+        return True
+    length, window = layer.get_seq_length(), layer.window
+    seen = length + 1 if window is None else min(length + 1, window)
+    return isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[0] == 1 and mask.shape[2:] == (1, seen)
