@@ -197,6 +197,21 @@ def test_bench_prints_the_floor_first(packed: Path, capsys: pytest.CaptureFixtur
     assert report["ratio_to_floor"] > 0
 
 
+def test_bench_on_a_device_knows_the_link(
+    packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("greenroom.engine.find_gpu", lambda: FakeDevice(link_bytes_per_s=1e5))
+    flags = ["--tokens", "3", "--trials", "1", "--prompt-tokens", "5", "--json", "--no-cpu-experts", "--vram", "1GiB"]
+    code, out, _ = call(capsys, "bench", str(packed), *flags, "--experts-per-layer", "0")
+    report = json.loads(out[-1])
+    assert code == 0 and "link 0.0 GB/s" in out[0]
+    assert report["floor_tokens_per_s"] == pytest.approx(1e5 / report["bytes_up_per_token"])
+
+
+def test_eval_refuses_a_device(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "leave --vram out" in refused(capsys, "eval", str(packed), "--text", "t", "--vram", "1GiB")
+
+
 def test_bench_answers_a_prompt(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--tokens", "3", "--trials", "1", "--json", "--prompt"]
     reports = [json.loads(call(capsys, "bench", "demo", *flags, text)[1][-1]) for text in ("hello", "hello there, you")]

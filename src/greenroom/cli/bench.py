@@ -43,7 +43,10 @@ def execute(options: argparse.Namespace) -> int:
     try:
         manifest = engine.packed.manifest
         floor = {"ram": ram_bandwidth(), "disk": probe.disk_bandwidth(folder / manifest.experts[0].file)}
-        print(f"floor: RAM {floor['ram'] / 1e9:.1f} GB/s, disk {floor['disk'] / 1e9:.2f} GB/s", flush=True)
+        if engine.device is not None:
+            floor["link"] = paper.link_bandwidth(engine.device)
+        link = f", link {floor['link'] / 1e9:.1f} GB/s" if "link" in floor else ""
+        print(f"floor: RAM {floor['ram'] / 1e9:.1f} GB/s, disk {floor['disk'] / 1e9:.2f} GB/s{link}", flush=True)
         print(f"kernel: {engine.kernel}", flush=True)
         trials = [_trial(engine, prompt, options.tokens) for _ in range(options.trials + 1)][1:]
     finally:
@@ -56,10 +59,9 @@ def execute(options: argparse.Namespace) -> int:
             f"{format_bytes(trial['bytes_read_per_token'])} per token, "
             f"stall {trial['stall_share']:.0%}"
         )
-    print(
-        f"median {report['tokens_per_s']:.2f} tokens/s; the floor for these bytes is "
-        f"{report['floor_tokens_per_s']:.2f} (ratio {report['ratio_to_floor']:.3f})"
-    )
+    of = report["floor_tokens_per_s"]
+    ratio = f"{of:.2f} (ratio {report['ratio_to_floor']:.3f})" if of else "nothing: all of them were there"
+    print(f"median {report['tokens_per_s']:.2f} tokens/s; the floor for these bytes is {ratio}")
     if options.json:
         shared.print_json(report)
     return 0
@@ -103,6 +105,7 @@ def _trial(engine: Any, prompt: Any, tokens: int) -> "dict[str, float]":
         "prompt_tokens_per_s": prompt.shape[1] / (middle_s - start_s),
         "hit_rate": decode.hit_rate,
         "bytes_read_per_token": decode.bytes_read / tokens,
+        "bytes_up_per_token": decode.bytes_up / tokens,
         "prompt_bytes_read": float((middle - before).bytes_read),
         "stall_share": decode.stall_s / decode_s,
         "experts_share": decode.compute_s / decode_s,
@@ -110,20 +113,23 @@ def _trial(engine: Any, prompt: Any, tokens: int) -> "dict[str, float]":
 
 
 def _report(engine: Any, trials: "list[dict[str, float]]", floor: "dict[str, float]") -> "dict[str, Any]":
-    """Medians, and the floor: a token's packed bytes over the RAM's rate, or its missed bytes over the disk's."""
+    """Medians, and the floor: a token's packed bytes over the RAM's rate (on a GPU: what was sent, over the link's), or its
+    missed bytes over the disk's."""
     from greenroom import probe
 
     medians = {name: statistics.median(trial[name] for trial in trials) for name in trials[0]}
     manifest, top_k = engine.packed.manifest, probe.experts_per_token(engine.model.config)
     touched = engine.plan.dense + sum(min(top_k, e.num_experts) * e.record_nbytes for e in manifest.experts)
-    floor_s = max(touched / floor["ram"], medians["bytes_read_per_token"] / floor["disk"])
+    link_s = medians["bytes_up_per_token"] / floor["link"] if "link" in floor else touched / floor["ram"]
+    floor_s = max(link_s, medians["bytes_read_per_token"] / floor["disk"])
     return {
         **medians,
         "trials": trials,
         "ram_bytes_per_s": floor["ram"],
         "disk_bytes_per_s": floor["disk"],
         "touched_bytes_per_token": touched,
-        "floor_tokens_per_s": 1 / floor_s,
+        **({"link_bytes_per_s": floor["link"]} if "link" in floor else {}),
+        "floor_tokens_per_s": 1 / floor_s if floor_s else None,
         "ratio_to_floor": medians["tokens_per_s"] * floor_s,
         "kernel": engine.kernel,
         "decoder": str(engine.decode),

@@ -47,6 +47,8 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Measure and print."""
+    if options.vram is not None:
+        raise ConfigError("eval computes on the CPU: leave --vram out")
     if options.tasks is not None:
         return _tasks(options)
     from greenroom import library
@@ -112,7 +114,7 @@ def _tasks(options: argparse.Namespace) -> int:
     return 0
 
 
-_MEMORY = ("ram", "vram", "experts_per_layer", "policy", "prefetch", "lookahead")
+_MEMORY = ("ram", "experts_per_layer", "policy", "prefetch", "lookahead")
 
 
 def read_text(path: str) -> "Text":
