@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_check, gpu_kernels, gpu_peers, gpu_tier
+from benchmarks import gpu_check, gpu_kernels, gpu_peers
 from benchmarks.gpu_clock import Clock, GpuClock
 from benchmarks.kernels import MODELS
 from greenroom.kernels import device
@@ -41,11 +42,22 @@ class Box:
     ends: float
     result: Result
     now: "Callable[[], float]" = time.monotonic
+    seconds: float = SECONDS
+    """for everything"""
+    keep: "Callable[[Result], None]" = lambda result: None
+    """called after each part"""
 
     @property
     def left(self) -> float:
         """Seconds."""
         return self.ends - self.now()
+
+    def late(self, part: str, share: float) -> bool:
+        """Whether less than a share of all the time is left, which the result then says of `part`."""
+        if self.left >= share * self.seconds:
+            return False
+        self.result[f"{part}_cut"] = True
+        return True
 
     def lines(self, part: str) -> "list[Result]":
         """The table that a part fills."""
@@ -64,14 +76,15 @@ def floors(box: Box) -> None:
 def defaults_right(box: Box) -> None:
     """The formats that are timed below, in every dtype."""
     for format in gpu_check.FORMATS[:3]:
+        if box.late("check", 0.75):  # what is missing comes with the other formats
+            return
         _check(box, format)
 
 
 def decode(box: Box) -> None:
     """1, 4 and 16 tokens, then variants to choose constants by."""
     for model, format, tokens, variant in gpu_kernels.cases():
-        if box.left < 0.4 * SECONDS:
-            box.result["decode_cut"] = True
+        if box.late("decode", 0.5):
             return
         layers = 2
         line = gpu_kernels.decode(box.clock, box.on, _rate(box), model, format, tokens, layers, variant)
@@ -84,6 +97,8 @@ def prompts(box: Box) -> None:
     rate = box.result["floors"]["matmul_tflops"]
     for model in MODELS:
         for format in gpu_kernels.FORMATS:
+            if box.late("prompt", 0.42):
+                return
             experts = gpu_kernels.EXPERTS[model.name]
             box.lines("prompt").append(gpu_kernels.prompt(box.clock, box.on, rate, model, format, 512, experts))
 
@@ -103,7 +118,7 @@ def sanitizer(box: Box) -> None:
         return
     command = [tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_check", "--small"]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(30.0, 0.6 * box.left))
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(30.0, 0.5 * box.left))
     except subprocess.TimeoutExpired:
         box.result["sanitizer"] = "not finished in time"
         return
@@ -112,20 +127,37 @@ def sanitizer(box: Box) -> None:
 
 
 def tier(box: Box) -> None:
-    """The device tier over a synthetic model; it writes 4.5 GB to the temporary folder."""
-    if box.left < 0.4 * SECONDS:
-        box.result["tier_cut"] = True
+    """The device tier over synthetic models, in a process of its own that may be stopped; it writes 4.5 GB to the
+    temporary folder."""
+    if box.late("tier", 0.15):
         return
-    gpu_tier.measure(box.result)
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        out, seconds = Path(folder) / "tier.json", min(0.35 * box.seconds, box.left - 0.05 * box.seconds)
+        command = [sys.executable, "-m", "benchmarks.gpu_tier", "--out", str(out)]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+            error = "" if done.returncode in (0, 1) else done.stderr[-3000:]
+        except subprocess.TimeoutExpired:
+            error = f"stopped after {seconds:.0f} s"
+        if out.is_file():
+            box.result |= json.loads(out.read_text())
+    for one in box.result.get("tier", {}).get("failed", []):
+        box.lines("failed").append({"part": f"tier, {one['part']}", "error": one["error"]})
+    if error or "tier" not in box.result:
+        raise RuntimeError(error or "it wrote nothing")
 
 
 def all_right(box: Box) -> None:
     """The other formats, as far as time goes."""
-    for format in gpu_check.FORMATS[3:]:
-        if box.left < 20:
-            box.result["check_cut"] = True
+    done = {line["format"] for line in box.lines("check")}
+    for format in gpu_check.FORMATS:
+        if format.name in done:
+            continue
+        if box.late("check", 0.04):
             return
         _check(box, format)
+    box.result.pop("check_cut", None)
 
 
 PARTS: list[Part] = [
@@ -134,8 +166,8 @@ PARTS: list[Part] = [
     ("decode", decode),
     ("prompts", prompts),
     ("tier", tier),
-    ("peers", peers),
     ("sanitizer", sanitizer),
+    ("peers", peers),
     ("correctness of all formats", all_right),
 ]
 """Name and function of every part, in order."""
@@ -165,6 +197,7 @@ def run(box: Box, parts: "Sequence[Part]" = PARTS) -> Result:
             box.lines("failed").append({"part": name, "error": traceback.format_exc()[-3000:]})
         box.result.setdefault("seconds", {})[name] = round(box.now() - start, 1)
         print(f"{name}: {box.now() - start:.0f} s", file=sys.stderr, flush=True)
+        box.keep(box.result)
     return box.result
 
 
@@ -191,9 +224,13 @@ def table(result: Result) -> str:
             f"tier    {line['name']:42} {line['tokens_per_s']:7.2f} tokens/s  of {line['floor_tokens_per_s']:.2f}  "
             f"hits {line['hit_rate']:.0%}"
         )
+    for way, us in result.get("tier", {}).get("host", {}).get("us_per_layer", {}).items():
+        rows.append(f"host    {way:10} {us:8.0f} us a layer")
     for line in result.get("linear", []):
         measured = f"{line['us']:8.1f} us  share {line['share']:.2f}" if "us" in line else line["absent"]
         rows.append(f"linear  {line['kernel']:14} {measured}")
+    missing = [name.removesuffix("_cut") for name in result if name.endswith("_cut")]
+    rows += [f"cut     {', '.join(missing)}: no time left"] if missing else []
     rows.append(f"sanitizer  {str(result.get('sanitizer', 'not run')).splitlines()[0]}")
     rows += [f"failed  {one['part']}: {one['error'].strip().splitlines()[-1]}" for one in result.get("failed", [])]
     return "\n".join(rows)
@@ -211,10 +248,11 @@ def main() -> int:
     on = torch.device("cuda")
     name = torch.cuda.get_device_name(on)
     out = options.out or ROOT / "benchmarks" / "results" / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
-    box = Box(on, GpuClock(), time.monotonic() + options.seconds, {"gpu": name, "kernels": device.describe(on)})
-    result = run(box)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    box = Box(on, GpuClock(), time.monotonic() + options.seconds, {"gpu": name, "kernels": device.describe(on)})
+    box.seconds = options.seconds
+    box.keep = lambda result: print(out.write_text(json.dumps(result, indent=1) + "\n"), file=sys.stderr)
+    result = run(box)
     print(table(result))
     return 1 if result.get("failed") or any(not one["right"] for one in result.get("check", [])) else 0
 

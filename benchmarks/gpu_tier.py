@@ -1,10 +1,14 @@
 """The device tier on a GPU, over a synthetic model of true shape: the paper's rows, layers launched ahead against
-reading back, and prompts beside the slower of link and kernels. `measure` fills a dictionary for the GPU suite.
+reading back and as graphs, prompts beside the slower of link and kernels: python -m benchmarks.gpu_tier --out F
 """
 
 import argparse
 import dataclasses
+import json
+import sys
 import tempfile
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +23,53 @@ from greenroom.engine import Engine
 from greenroom.packed import PackedModel
 
 VRAM = 12 << 30
+SMALL = {"layers": 24, "hidden": 256, "intermediate": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "vocab": 600}
+"""A shape whose layers take a device no time, so that what is measured is the host."""
+WAYS = {"read back": (False, False), "ahead": (True, False), "graphs": (True, True)}
+"""How single tokens pass the layers: launched ahead, captured."""
+Result = dict[str, Any]
 
 
-def measure(result: "dict[str, Any]", shape: "Shape | None" = None, device: "Device | None" = None) -> None:
-    """Adds `tier`: floor, rows, ahead and prompt, each as soon as it is measured; 2-bit experts."""
+def measure(
+    result: Result,
+    shape: "Shape | None" = None,
+    device: "Device | None" = None,
+    keep: "Callable[[], None]" = lambda: None,
+) -> None:
+    """Adds `tier`: link, host, tokens, rows and prompt; 2-bit experts. `keep` is called after each; what fails leaves a
+    line in `failed`."""
     device = device or find_gpu()
-    tier = result.setdefault("tier", {})
-    tier["link_bytes_per_s"] = paper.link_bandwidth(device)
+    tier = result.setdefault("tier", {"failed": []})
+    full = shape or dataclasses.replace(SHAPES["mixtral-8x7b-4"], layers=8)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model"
-        synthetic.write(path, shape or dataclasses.replace(SHAPES["mixtral-8x7b-4"], layers=8), PAIRINGS["2"])
-        packed = PackedModel(path)
+        tier["link_bytes_per_s"] = paper.link_bandwidth(device)
+        small = _model(Path(folder) / "small", dataclasses.replace(full, **SMALL) if shape is None else full)
+        _part(tier, keep, "host", lambda: host(small, device))
+        packed = _model(Path(folder) / "model", full)
+        _part(tier, keep, "tokens", lambda: {way: decode(packed, device, way)[0] for way in WAYS})
         options = _options("--tokens", "24", "--trials", "2")
-        tier["rows"] = []
         for name in paper.ROWS:
-            tier["rows"].append(
-                dataclasses.asdict(paper.measure(name, packed, device, options, 2, tier["link_bytes_per_s"]))
-            )
-        tier["ahead"] = {str(ahead): decode_s(packed, device, ahead) for ahead in (False, True)}
-        tier["prompt"] = prompt(packed, device, tier["link_bytes_per_s"])
+            _part(tier, keep, "rows", lambda name=name: row(name, packed, device, options, tier["link_bytes_per_s"]))
+        _part(tier, keep, "prompt", lambda: prompt(packed, device, tier["link_bytes_per_s"]))
+
+
+def _part(tier: Result, keep: "Callable[[], None]", name: str, measured: "Callable[[], Any]") -> None:
+    try:
+        found = measured()
+        tier[name] = [*tier.get(name, []), *found] if isinstance(found, list) else found
+    except Exception:  # the others still have something to say
+        tier["failed"].append({"part": name, "error": traceback.format_exc()[-3000:]})
+    keep()
+
+
+def _model(path: Path, shape: Shape) -> PackedModel:
+    synthetic.write(path, shape, PAIRINGS["2"])
+    return PackedModel(path)
+
+
+def row(name: str, packed: PackedModel, device: Device, options: argparse.Namespace, link: float) -> "list[Result]":
+    """One of the paper's rows."""
+    return [dataclasses.asdict(paper.measure(name, packed, device, options, 2, link))]
 
 
 def _options(*arguments: str) -> argparse.Namespace:
@@ -47,15 +79,26 @@ def _options(*arguments: str) -> argparse.Namespace:
     return parser.parse_args(["bench", "-", "--vram", str(VRAM), *arguments])
 
 
-def decode_s(packed: PackedModel, device: Device, ahead: bool, tokens: int = 24) -> float:
-    """Seconds a token with every expert on the device, layers launched ahead or read back."""
+def host(packed: PackedModel, device: Device) -> Result:
+    """Microseconds a layer of each way, and whether graphs give the same bits."""
+    found = {way: decode(packed, device, way) for way in WAYS}
+    layers = len(packed.manifest.experts)
+    return {
+        "us_per_layer": {way: seconds / layers * 1e6 for way, (seconds, _, _) in found.items()},
+        "same_bits": all(torch.equal(logits, found["ahead"][1]) for _, logits, _ in found.values()),
+        "captured": found["graphs"][2],
+    }
+
+
+def decode(packed: PackedModel, device: Device, way: str, tokens: int = 24) -> "tuple[float, torch.Tensor, str]":
+    """Seconds a token with every expert on the device, the last token's logits, and what was captured."""
     most = max(entry.num_experts for entry in packed.manifest.experts)
     engine = Engine(packed, EngineSettings(vram=VRAM, experts_per_layer=most, cpu_experts=False), device=device)
     try:
         assert engine.steps is not None
-        engine.steps.ahead = ahead
+        engine.steps.ahead, engine.steps.graphs = WAYS[way]
         with torch.no_grad():
-            ids = torch.arange(512, device=device.place)[None] % engine.model.config.vocab_size
+            ids = torch.arange(200, device=device.place)[None] % engine.model.config.vocab_size
             out = engine.model(ids, use_cache=True, logits_to_keep=1)  # every expert comes
             for number in range(2 * tokens):
                 if number == tokens:
@@ -64,7 +107,7 @@ def decode_s(packed: PackedModel, device: Device, ahead: bool, tokens: int = 24)
                 given = torch.tensor([[number]], device=device.place)
                 out = engine.model(given, past_key_values=out.past_key_values, use_cache=True)
             device.synchronise(device.mark())
-        return (device.clock() - start_s) / tokens
+        return (device.clock() - start_s) / tokens, out.logits.cpu(), str(engine.steps)
     finally:
         engine.close(remember=False)
 
@@ -91,3 +134,16 @@ def prompt(packed: PackedModel, device: Device, link_bytes_per_s: float, tokens:
             engine.close(remember=False)
     bound_s = max(found["link_s"], found["resident_s"])
     return {**found, "of_the_bound": found["streamed_s"] / bound_s if bound_s else 1.0}
+
+
+def main() -> int:
+    """Measure, and write after each part."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, required=True)
+    out, result = parser.parse_args().out, Result()
+    measure(result, keep=lambda: print(out.write_text(json.dumps(result)), file=sys.stderr))
+    return 1 if result["tier"]["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -89,9 +89,10 @@ def test_a_part_that_fails_leaves_the_others() -> None:
     result = gpu_suite.run(box(), [("bad", bad), ("good", good)])
     text = gpu_suite.table(result)
     assert "failed  bad: RuntimeError: no such thing" in text and "greenroom" in text
-    late = box()
-    late.ends = -1.0
+    late, kept = box(), []
+    late.ends, late.keep = -1.0, lambda result: kept.append(dict(result))
     assert gpu_suite.run(late, [("good", good)])["failed"] == [{"part": "good", "error": "no time left"}]
+    assert len(kept) == 1 and late.late("tier", 0.1) and "cut     tier" in gpu_suite.table(late.result)
 
 
 def test_the_table_of_everything() -> None:

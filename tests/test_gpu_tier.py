@@ -16,8 +16,12 @@ def test_everything_is_measured() -> None:
         SHAPES["mixtral-8x7b-4"], layers=2, hidden=128, intermediate=128, heads=2, kv_heads=1, head_dim=64, vocab=600
     )
     result: dict[str, Any] = {}
-    gpu_tier.measure(result, shape, FakeDevice(nbytes=13 << 30, link_bytes_per_s=1e9))
+    kept: list[int] = []
+    device = FakeDevice(nbytes=13 << 30, link_bytes_per_s=1e9)
+    gpu_tier.measure(result, shape, device, keep=lambda: kept.append(len(result["tier"])))
+    assert len(kept) == 8
     tier = result["tier"]
     assert tier["link_bytes_per_s"] == pytest.approx(1e9) and len(tier["rows"]) == 5
-    assert set(tier["ahead"]) == {"False", "True"}
+    assert set(tier["tokens"]) == set(tier["host"]["us_per_layer"]) == {"read back", "ahead", "graphs"}
+    assert tier["host"]["same_bits"] and tier["host"]["captured"].endswith("as graphs") and not tier["failed"]
     assert tier["prompt"]["link_s"] > 0 and tier["prompt"]["streamed_s"] >= tier["prompt"]["link_s"] * 0.99
