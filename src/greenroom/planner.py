@@ -13,6 +13,7 @@ from greenroom.config import EngineSettings
 from greenroom.errors import BudgetError, ConfigError
 from greenroom.packed import Manifest
 from greenroom.sizes import format_bytes
+from greenroom.static_kv import most_room
 
 _KERNEL_NBYTES = 48 << 20  # dequantised tiles and their temporaries; see kernels.reference.TILE
 _LARGE_RECORD = 8 << 20  # the pieces of one such record keep four readers busy
@@ -20,6 +21,7 @@ _SPARE = 0.9  # without a budget: the share of free memory that greenroom takes 
 
 
 _DEVICE_RUNTIME = 512 << 20  # a GPU's driver context and loaded kernels
+_CAPTURED_NBYTES = 2 << 20  # a layer's kernels as a graph, and its share of the memory that graphs compute in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,7 +159,8 @@ def _plan(
 ) -> Plan:
     """The fixed parts, in RAM or on the device, and no slots yet."""
     if settings.vram is not None:
-        runtime, budget = _DEVICE_RUNTIME, settings.vram
+        runtime = _DEVICE_RUNTIME + _CAPTURED_NBYTES * len(manifest.experts)
+        budget = settings.vram
     experts = tuple(entry.num_experts for entry in manifest.experts)
     record_nbytes = max(entry.record_nbytes for entry in manifest.experts)
     dense, mapped = _dense_nbytes(manifest, element_size, compiled=settings.vram is None)
@@ -166,7 +169,7 @@ def _plan(
         runtime=runtime,
         dense=dense,
         mapped=mapped,
-        kv_cache=settings.context * kv_nbytes_per_token(config, element_size),
+        kv_cache=_kv_positions(settings) * kv_nbytes_per_token(config, element_size),
         working_set=_working_set(manifest, config, min(settings.context, settings.prompt_chunk), element_size)
         + _policy_nbytes(settings.policy, experts)
         + settings.reserve,
@@ -261,6 +264,11 @@ def _dense_nbytes(manifest: Manifest, element_size: int, compiled: bool) -> "tup
         held += sum(2 * math.prod(entry.shape) for entry in matrices)
         held += sum(2 * entry.rows * entry.cols for entry in manifest.linears if entry.module.endswith("kv_b_proj"))
     return held, sum(entry.nbytes for entry in manifest.tensors if entry.mappable)
+
+
+def _kv_positions(settings: EngineSettings) -> int:
+    """Positions of keys and values: on a device a conversation's prompts, and the room that single tokens go to."""
+    return settings.context if settings.vram is None else settings.context + most_room(settings.context)
 
 
 def kv_nbytes_per_token(config: Any, element_size: int) -> int:

@@ -113,8 +113,8 @@ def _trial(engine: Any, prompt: Any, tokens: int) -> "dict[str, float]":
 
 
 def _report(engine: Any, trials: "list[dict[str, float]]", floor: "dict[str, float]") -> "dict[str, Any]":
-    """Medians, and the floor: a token's packed bytes over the RAM's rate (on a GPU: what was sent, over the link's), or its
-    missed bytes over the disk's."""
+    """Medians, and the floor: a token's packed bytes over the RAM's rate (on a GPU what was sent over the link's), or
+    its missed bytes over the disk's."""
     from greenroom import probe
 
     medians = {name: statistics.median(trial[name] for trial in trials) for name in trials[0]}
