@@ -28,7 +28,8 @@ from greenroom.kernels.gpu import matrix, pairs, vector
 
 _POINTERS = {
     "arena": "*u8", "slots": "*i32", "tasks": "*i32", "vectors": "*i32", "places": "*i32", "table": "*i32",
-    "index": "*i64", "missing": "*i32", "rows": "*fp32", "weights": "*fp32", "x": "*fp16", "out": "*fp32",
+    "index": "*i64", "matrix": "*u8", "missing": "*i32", "rows": "*fp32", "weights": "*fp32", "x": "*fp16",
+    "out": "*fp32",
 }  # fmt: skip
 """Arguments that are tensors, and of what."""
 _ALIGNED = ("arena", "slots", "x", "out", "record_nbytes", "offset", "scale_codes", "zero_codes", "params", "width")
@@ -82,6 +83,9 @@ def cases(every: bool) -> "Iterator[Case]":
                 f"matrix {bits}g{group} {block} vectors", matrix.products, constants,
                 types={"out": "*fp16"}, since=75 if block == 16 else 80,
             )  # fmt: skip
+        if bits != 16:
+            constants = {"BITS": bits, "GROUP": group, "BN": device._COLUMNS, "UNITS": device._UNITS}
+            yield Case(f"dequantised {bits}g{group}", matrix.dequantised, constants, types={"out": "*fp16"})
     yield Case("arrange", vector.arrange, {"BITS": 3, "BLOCK": 256})
     yield Case("combine", pairs.combine, {"K": 8, "OWN": True, "BLOCK": 256})
     yield Case("lookup", pairs.lookup, {"BLOCK": 128})

@@ -16,7 +16,7 @@ from test_native import FORMATS, distance, layout, record, swiglu, vectors, weig
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from greenroom.kernels import device
+from greenroom.kernels import device, products
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(bool(device.unusable(ON)), reason=device.unusable(ON))
@@ -225,6 +225,35 @@ def test_a_prompt_equals_the_reference(format: Format) -> None:
     total = device.combine(out, places.to(ON), weights.to(ON)).cpu()
     wanted = (wanted_pairs(x, arena, chosen, its, activation) * weights.unsqueeze(-1)).sum(1)
     assert distance(total, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("format", [FORMATS[0], FORMATS[6], FORMATS[9], FORMATS[16]], ids=lambda f: f.name)
+@pytest.mark.parametrize("step", [1 << 23, 7 * 80])
+def test_products_over_dequantised_tiles_equal_the_reference(
+    format: Format, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows in tiles that divide nothing."""
+    monkeypatch.setattr(products, "TILE", step)
+    hidden, inner, tokens = 80, 41, 25
+    its, arena, x = layout(hidden, inner, format), arena_of(hidden, inner, format, 2), vectors(tokens, hidden)
+    rows, activation = torch.arange(tokens, dtype=torch.int32).flip(0), Activation(gate=swiglu)
+    out = torch.full((tokens + 1, hidden), float("nan"), device=ON)
+    products.prompt(x.to(ON), arena.to(ON), [(1, 0, tokens)], rows.to(ON), its, activation, out)
+    wanted, other = (
+        reference.experts(x, [ExpertTask(arena[slot], rows.long())], its, activation)[0] for slot in (1, 0)
+    )
+    assert distance(out[:tokens].cpu(), wanted) < TOLERANCE and out[tokens].isnan().all()
+    assert distance(other, wanted) > 100 * TOLERANCE  # negative control
+    first, bias = its[0], torch.randn(its[0].rows)
+    packed = first.part(arena[0])
+    found = products.linear(x.to(ON), packed.to(ON), first.rows, first.cols, format, bias.to(ON)).cpu()
+    assert distance(found, reference.linear(x, packed, first.rows, first.cols, format, bias)) < TOLERANCE
+
+
+def test_which_prompts_are_products() -> None:
+    """A T4's of more than 16 tokens; the interpreter has no matrix units either."""
+    if ON == "cpu":
+        assert [device.multiplies(count, torch.device("cpu")) for count in (1, 16, 17)] == [True, True, False]
 
 
 def test_absent_pairs_stay_untouched() -> None:

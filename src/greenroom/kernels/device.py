@@ -216,6 +216,25 @@ def linear(
     return out if bias is None else out.add_(bias)
 
 
+def dequantised(packed: torch.Tensor, matrix: RecordTensor, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows `start` to `start + count` of a packed matrix as [count, cols]; packed: its bytes alone."""
+    if matrix.format.bits == 16:
+        raw = packed.view(getattr(torch, matrix.format.dtype))[: matrix.rows * matrix.cols]
+        return raw.view(matrix.rows, matrix.cols)[start : start + count].to(dtype)
+    out = torch.empty((count, matrix.cols), dtype=dtype, device=packed.device)
+    parts = {name: value for name, value in _parts(matrix).items() if name != "IS_FLOAT16"}
+    grid = (triton.cdiv(count, _COLUMNS), triton.cdiv(parts["chunks"], _UNITS))
+    _matrix.dequantised[grid](
+        packed, out, start, start + count, matrix.cols, BN=_COLUMNS, UNITS=_UNITS, num_warps=4, **parts
+    )
+    return out
+
+
+def multiplies(vectors: int, device: torch.device) -> bool:
+    """Whether these kernels are the way for so many vectors of a matrix: without matrix units for few alone."""
+    return vectors <= MOST_TOKENS or _has_matrix_units(device)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Sharing:
     """Pairs of a few tokens, found out on the device: the pairs of a slot are computed together."""

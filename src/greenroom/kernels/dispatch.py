@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from greenroom.kernels import device, native, reference
+from greenroom.kernels import device, native, products, reference
 from greenroom.kernels.reference import Activation, ExpertTask
 from greenroom.packed import RecordTensor
 from greenroom.quant import Format
@@ -39,7 +39,8 @@ def linear(
     if out is not None:
         return out
     if x.device.type != "cpu":
-        return device.linear(x, packed, rows, cols, format, bias)
+        multiply = device.linear if device.multiplies(len(x), x.device) else products.linear
+        return multiply(x, packed, rows, cols, format, bias)
     with lent_to_torch():
         return reference.linear(x, packed, rows, cols, format, bias)
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from greenroom.kernels import device, slots
+from greenroom.kernels import device, products, slots
 from greenroom.kernels.reference import Activation
 from greenroom.packed import RecordTensor
 
@@ -87,8 +87,12 @@ class Compiled:
         """See `slots.prompt`."""
         if device.declines(layout, activation):
             slots.prompt(x, arena, spans, rows, layout, activation, out)
-        else:
-            device.prompt(x, arena, [device.Span(*span) for span in spans], rows, layout, activation.kind, out)
+            return
+        ours = [device.Span(*span) for span in spans if device.multiplies(span[2], x.device)]
+        if ours:
+            device.prompt(x, arena, ours, rows, layout, activation.kind, out)
+        theirs = [span for span in spans if not device.multiplies(span[2], x.device)]
+        products.prompt(x, arena, theirs, rows, layout, activation, out)
 
     def combine(self, out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """See `slots.combine`."""

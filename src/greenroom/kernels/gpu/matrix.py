@@ -82,6 +82,32 @@ def times_raw(
 
 
 @triton.jit
+def dequantised(
+    matrix, out,  # pointer to bytes; [.., cols] from row `start` on
+    start, matrix_rows, cols, scale_codes, zero_codes, params, groups, chunks,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """Rows of a matrix below 16 bits as out's dtype. Grid: (tiles of BN rows, tiles of UNITS chunks)."""
+    LANES: tl.constexpr = 1 if BITS == 8 else 4 if BITS == 3 else 8 // BITS
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.minimum(start + row, matrix_rows - 1)
+    first = tl.program_id(1) * UNITS
+    pairs = (matrix + params).to(tl.pointer_type(tl.int32))
+    scale_min, scale_step, zero_min, zero_step = bits.row_params(pairs, rows)
+    lane_column = tl.arange(0, 16 * UNITS)
+    within = (start + row < matrix_rows)[:, None]
+    for lane in tl.static_range(LANES):
+        column = bits.unit(first + lane_column // 16, lane, LANES) + lane_column % 16
+        weight = weights(
+            matrix, rows, first, scale_codes, zero_codes,
+            scale_min[:, None], scale_step[:, None], zero_min[:, None], zero_step[:, None], groups, chunks,
+            lane, BITS, GROUP, BN, UNITS,
+        )  # fmt: skip
+        here = out + row.to(tl.int64)[:, None] * cols + column[None, :]
+        tl.store(here, weight.to(out.dtype.element_ty), mask=within & (column < cols)[None, :])
+
+
+@triton.jit
 def sharers(slots, pair, tokens, K: tl.constexpr, KS: tl.constexpr, BM: tl.constexpr):
     """int32 [BM]: each token's pair that has the slot of `pair`, or −1."""
     token = tl.arange(0, BM)[:, None]
