@@ -3,6 +3,7 @@
 
 #include "activation.h"
 #include "attention.h"
+#include "causal.h"
 #include "integer.h"
 
 namespace greenroom {
@@ -153,6 +154,7 @@ Kernel kernel(const Matrix& matrix, bool) {
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", "AVX2", supported, kernel, activate, attend<Avx2>, mix<Avx2>};
+const Isa kAvx2 = {"avx2", "AVX2", supported, kernel, activate, attend<Avx2>, mix<Avx2>,
+                   attend_causally<Avx2>};
 
 }  // namespace greenroom

@@ -3,6 +3,7 @@
 
 #include "activation.h"
 #include "attention.h"
+#include "causal.h"
 #include "tiles.h"
 
 namespace greenroom {
@@ -201,6 +202,7 @@ Kernel kernel(const Matrix& matrix, bool many) {
 
 }  // namespace
 
-const Isa kAvx512Vnni = {"avx512vnni", "AVX-512 VNNI", supported, kernel, activate, attend<Avx512Vnni>, mix<Avx512Vnni>};
+const Isa kAvx512Vnni = {"avx512vnni", "AVX-512 VNNI", supported, kernel, activate, attend<Avx512Vnni>, mix<Avx512Vnni>,
+                         attend_causally<Avx512Vnni>};
 
 }  // namespace greenroom

@@ -3,12 +3,14 @@
 // transformers' modules in tests/test_decode.py.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
 
 #include "decode.h"
+#include "prompt.h"
 
 using namespace greenroom;
 
@@ -87,6 +89,41 @@ void check_mix(const Isa& isa, int value_dim, int positions) {
     expect(worst < 1e-5 * positions, "mix", value_dim, positions, isa.name);
 }
 
+// Rows of `tokens` tokens and `heads` heads over `position` keys before them, in buffers that end where they should.
+void check_causal(const Isa& isa, int tokens, int heads, int key_dim, int value_dim, int position, int window, bool sunk) {
+    const int length = position + tokens;
+    auto q = array<float>(tokens * heads * key_dim), keys = array<float>(length * key_dim), values = array<float>(length * value_dim);
+    auto out = array<float>(tokens * heads * value_dim), sinks = array<float>(heads);
+    for (int i = 0; i < tokens * heads * key_dim; ++i) q[i] = 3.0f * number() / std::sqrt(static_cast<float>(key_dim));
+    for (int i = 0; i < length * key_dim; ++i) keys[i] = 4.0f * number();
+    for (int i = 0; i < length * value_dim; ++i) values[i] = number();
+    for (int head = 0; head < heads; ++head) sinks[head] = 5.0f * number();
+    const std::size_t floats = static_cast<std::size_t>(kRows * (key_dim + value_dim + kKeysAtOnce));
+    std::unique_ptr<float, void (*)(void*)> scratch(static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))), std::free);
+    isa.attend_causally({q.get(), tokens, heads, key_dim, value_dim, keys.get(), values.get(), heads * key_dim, key_dim, value_dim,
+                         heads * value_dim, position, window, sunk ? sinks.get() : nullptr, out.get(), scratch.get()});
+    double worst = 0.0, hidden = 0.0;  // the second: had each token seen the one after it, too
+    for (int token = 0; token < tokens; ++token)
+        for (int head = 0; head < heads; ++head) {
+            const int last = position + token, first = window == 0 ? 0 : std::max(last + 1 - window, 0);
+            for (int more = 0; more < 2 && last + more < length; ++more) {
+                std::vector<double> mixed(static_cast<std::size_t>(value_dim));
+                double total = sunk ? std::exp(static_cast<double>(sinks[head])) : 0.0;
+                for (int p = first; p <= last + more; ++p) {
+                    double score = 0.0;
+                    for (int d = 0; d < key_dim; ++d) score += static_cast<double>(q[(token * heads + head) * key_dim + d]) * static_cast<double>(keys[p * key_dim + d]);
+                    total += std::exp(score);
+                    for (int d = 0; d < value_dim; ++d) mixed[static_cast<std::size_t>(d)] += std::exp(score) * static_cast<double>(values[p * value_dim + d]);
+                }
+                double& error = more == 0 ? worst : hidden;
+                for (int d = 0; d < value_dim; ++d)
+                    error = std::max(error, std::abs(mixed[static_cast<std::size_t>(d)] / total - static_cast<double>(out[(token * heads + head) * value_dim + d])));
+            }
+        }
+    expect(worst < 1e-5, "causal attention", tokens, position, isa.name);
+    if (tokens > 1) expect(hidden > 1e-3, "causal attention: what comes after is hidden", tokens, position, isa.name);
+}
+
 // Keeps what descriptions point to.
 struct Memory {
     std::vector<std::unique_ptr<std::uint8_t[]>> bytes;
@@ -135,6 +172,7 @@ DecoderLayer latent(Memory& memory) {
     attention.query_down = memory.matrix(16, kWidth), attention.query = memory.matrix(kHeads * (kDim + kRotary), 16);
     attention.latent = memory.matrix(kLatent + kRotary, kWidth), attention.output = memory.matrix(kWidth, kHeads * kDim);
     attention.query_norm = {memory.vector(16), 1e-5f}, attention.latent_norm = {memory.vector(kLatent), 1e-5f};
+    attention.up = memory.matrix(kHeads * 2 * kDim, kLatent);
     attention.key_up = memory.matrix(kHeads * kDim, kLatent).packed;
     attention.value_up = memory.matrix(kHeads * kLatent, kDim).packed;
     attention.heads = kHeads, attention.nope_dim = kDim, attention.rotary_dim = kRotary, attention.latent_dim = kLatent;
@@ -165,6 +203,34 @@ std::vector<float> decode(const std::vector<DecoderLayer>& layers, const float* 
     return seen;
 }
 
+std::vector<float> prompt(const std::vector<DecoderLayer>& layers, int tokens, int threads) {
+    std::vector<float> hidden(static_cast<std::size_t>(tokens * kWidth)), normed(hidden.size()), outputs(hidden.size(), 0.25f);
+    std::vector<float> cosine(static_cast<std::size_t>(tokens * kRotary / 2), 0.5f), sine(cosine.size(), 0.75f);
+    for (std::size_t i = 0; i < hidden.size(); ++i) hidden[i] = static_cast<float>(i * 7 % 11) - 5.0f;
+    Prompt prompt(layers, kWidth, tokens, hidden.data(), normed.data(), cosine.data(), sine.data());
+    auto keys = array<float>(tokens * kKvHeads * kDim), values = array<float>(tokens * kKvHeads * kDim);
+    auto experts = array<std::int64_t>(tokens * 3);
+    auto weights = array<float>(tokens * 3);
+    prompt.project(0, keys.get(), values.get(), threads);
+    prompt.attend(0, keys.get(), values.get(), tokens, 20, experts.get(), weights.get(), threads);
+    prompt.combine(0, outputs.data(), threads);
+    auto latents = array<float>(tokens * kLatent), turned = array<float>(tokens * kRotary);
+    prompt.project(1, latents.get(), turned.get(), threads);
+    prompt.attend(1, latents.get(), turned.get(), tokens, 0, nullptr, nullptr, threads);
+    hidden.insert(hidden.end(), weights.get(), weights.get() + tokens * 3);
+    return hidden;
+}
+
+void check_prompt(const Isa& isa, const std::vector<DecoderLayer>& layers) {
+    for (int tokens : {2, 33, 150}) {
+        const std::vector<float> want = prompt(layers, tokens, 1);
+        bool finite = true;
+        for (float value : want) finite = finite && std::isfinite(value);
+        expect(finite, "prompt: finite", tokens, 0, isa.name);
+        for (int threads : {2, 3}) expect(prompt(layers, tokens, threads) == want, "prompt: the same bits", tokens, threads, isa.name);
+    }
+}
+
 void check_decoder(const Isa& isa) {
     Memory memory;
     std::vector<DecoderLayer> layers{grouped(memory), latent(memory)};
@@ -176,6 +242,7 @@ void check_decoder(const Isa& isa) {
     for (float value : want) finite = finite && std::isfinite(value);
     expect(finite, "decoder: finite", 0, 0, isa.name);
     for (int threads : {2, 3}) expect(decode(layers, norm, 1100, threads) == want, "decoder: the same bits", threads, 0, isa.name);
+    check_prompt(isa, layers);
 }
 
 }  // namespace
@@ -188,6 +255,10 @@ int main() {
         check_attend(*isa, 8, 128, 128, 17, 490);
         check_attend(*isa, 16, 72, 64, 511, kSpan);
         for (int value_dim : {4, 16, 33, 512}) check_mix(*isa, value_dim, 19);
+        for (int heads : {1, 5, 8}) check_causal(*isa, 64 / heads, heads, 24, 20, heads * 30, 0, heads == 5);
+        check_causal(*isa, 1, 64, 128, 128, 0, 0, false);
+        check_causal(*isa, 9, 3, 7, 13, 300, 20, true);
+        check_causal(*isa, 40, 1, 8, 8, 100, 3, false);
         check_decoder(*isa);
     }
     std::printf("decoder: %d checks, %d failures\n", checks, failures);

@@ -9,51 +9,7 @@
 namespace greenroom {
 namespace {
 
-constexpr int kLanes = 16;         // sums that are kept side by side, so that compilers can use vectors
 constexpr std::int64_t kAloneNbytes = 64 << 10;  // of cache: below, waking a thread takes longer
-
-float inverse_root_mean_square(const float* x, std::int64_t count, float eps) {
-    float sums[kLanes] = {};
-    std::int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes)
-        for (int lane = 0; lane < kLanes; ++lane) sums[lane] += x[i + lane] * x[i + lane];
-    float sum = 0.0f;
-    for (; i < count; ++i) sum += x[i] * x[i];
-    for (float lane : sums) sum += lane;
-    return 1.0f / std::sqrt(sum / static_cast<float>(count) + eps);
-}
-
-void normalize(const Norm& norm, const float* x, std::int64_t count, float* out) {
-    const float factor = inverse_root_mean_square(x, count, norm.eps);
-    for (std::int64_t i = 0; i < count; ++i) out[i] = norm.weight[i] * (x[i] * factor);
-}
-
-void normalize_heads(const Norm& norm, float* x, int heads, int dim, bool each) {
-    if (norm.weight == nullptr) return;
-    if (!each) return normalize(norm, x, static_cast<std::int64_t>(heads) * dim, x);
-    for (int head = 0; head < heads; ++head) normalize(norm, x + head * dim, dim, x + head * dim);
-}
-
-// Turns the first `dim` numbers of x.
-void rotate(Rotation rotation, float* x, int dim, const float* cosine, const float* sine) {
-    const int half = dim / 2;
-    if (rotation == Rotation::halves) {
-        for (int i = 0; i < half; ++i) {
-            const float first = x[i], second = x[i + half];
-            x[i] = first * cosine[i] - second * sine[i];
-            x[i + half] = second * cosine[i] + first * sine[i];
-        }
-        return;
-    }
-    for (int i = 0; i < half; ++i) {
-        const float first = x[2 * i], second = x[2 * i + 1];
-        x[2 * i] = first * cosine[i] - second * sine[i];
-        x[2 * i + 1] = second * cosine[i] + first * sine[i];
-    }
-    if (rotation == Rotation::pairs) return;
-    std::vector<float> turned(x, x + dim);
-    for (int i = 0; i < half; ++i) x[i] = turned[2 * i], x[i + half] = turned[2 * i + 1];
-}
 
 // To float16, to nearest, ties to even; what is larger than float16 becomes its largest number.
 std::uint16_t to_half(float value) {
@@ -145,47 +101,12 @@ float* sized(std::vector<float>& buffer, std::int64_t count) {
     return buffer.data();
 }
 
-float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
-
-void softmax(float* x, std::int64_t count) {
-    const float highest = *std::max_element(x, x + count);
-    float sum = 0.0f;
-    for (std::int64_t i = 0; i < count; ++i) sum += x[i] = std::exp(x[i] - highest);
-    for (std::int64_t i = 0; i < count; ++i) x[i] /= sum;
-}
-
 // The nearest float16 of a number from 0 to 1, of two the even one.
 float rounded_to_float16(float x) {
     int exponent;
     std::frexp(x, &exponent);  // x < 2^exponent
     const float step = std::ldexp(1.0f, std::max(exponent - 11, -24));
     return std::nearbyint(x / step) * step;
-}
-
-// The `count` largest, largest first; the first of equals.
-std::vector<int> largest(const float* x, int size, int count) {
-    std::vector<int> order(static_cast<std::size_t>(size));
-    for (int i = 0; i < size; ++i) order[static_cast<std::size_t>(i)] = i;
-    const auto before = [x](int i, int j) { return x[i] > x[j] || (x[i] == x[j] && i < j); };
-    std::partial_sort(order.begin(), order.begin() + count, order.end(), before);
-    order.resize(static_cast<std::size_t>(count));
-    return order;
-}
-
-// -infinity for experts outside the best groups
-void keep_groups(const Router& it, std::vector<float>& choice) {
-    const int size = static_cast<int>(choice.size()) / it.groups;
-    std::vector<float> scores(static_cast<std::size_t>(it.groups));
-    for (int group = 0; group < it.groups; ++group) {
-        const float* members = choice.data() + group * size;
-        float& score = scores[static_cast<std::size_t>(group)];
-        score = 0.0f;
-        for (int member : largest(members, size, it.group_by_two ? 2 : 1)) score += members[member];
-    }
-    std::vector<bool> kept(scores.size());
-    for (int group : largest(scores.data(), it.groups, it.top_groups)) kept[static_cast<std::size_t>(group)] = true;
-    for (std::size_t i = 0; i < choice.size(); ++i)
-        if (!kept[i / static_cast<std::size_t>(size)]) choice[i] = -INFINITY;
 }
 
 }  // namespace
@@ -219,16 +140,9 @@ const float* Decoder::attention(const Attention& it, const KeyValues& cache, con
                                   {it.key.packed, it.key.shape, it.key.bias, k},
                                   {it.value.packed, it.value.shape, it.value.bias, v}};
     linears(normed_, 1, projections, 3, threads);
-    normalize_heads(it.query_norm, q, it.heads, dim, it.norm_each_head);
-    normalize_heads(it.key_norm, k, it.kv_heads, dim, it.norm_each_head);
-    if (it.clip > 0.0f) {
-        for (int i = 0; i < it.heads * dim; ++i) q[i] = std::clamp(q[i], -it.clip, it.clip);
-        for (int i = 0; i < 2 * it.kv_heads * dim; ++i) k[i] = std::clamp(k[i], -it.clip, it.clip);
-    }
-    for (int head = 0; head < it.heads; ++head) rotate(it.rotation, q + head * dim, it.rotary_dim, cosine, sine);
+    finish_heads(it, q, k, v, cosine, sine);
     for (int i = 0; i < it.heads * dim; ++i) q[i] *= it.scale;
     for (int head = 0; head < it.kv_heads; ++head) {
-        rotate(it.rotation, k + head * dim, it.rotary_dim, cosine, sine);
         put_key(cache, head, k + head * dim, dim);
         put_value(cache, head, v + head * dim, dim);
     }
@@ -297,28 +211,11 @@ void Decoder::mlp(const Mlp& it, float* out, int threads) {
 }
 
 Chosen Decoder::route(const Router& it, int threads) {
-    const int experts = static_cast<int>(it.weights.shape.rows);
-    float* scores = sized(a_, experts);
-    multiply(it.weights, normed_, scores, threads);
-    logits_.assign(scores, scores + experts);
+    float* logits = sized(a_, it.weights.shape.rows);
+    multiply(it.weights, normed_, logits, threads);
+    logits_.assign(logits, logits + it.weights.shape.rows);
     corrected_ = it.correction != nullptr;
-    if (it.scores == Router::Scores::softmax) softmax(scores, experts);
-    if (it.scores == Router::Scores::sigmoid)
-        for (int i = 0; i < experts; ++i) scores[i] = sigmoid(scores[i]);
-
-    std::vector<float> choice(scores, scores + experts);
-    if (it.correction != nullptr)
-        for (int i = 0; i < experts; ++i) choice[static_cast<std::size_t>(i)] += it.correction[i];
-    if (it.groups > 1) keep_groups(it, choice);
-    Chosen chosen{largest(choice.data(), experts, it.top_k), {}};
-    std::sort(chosen.experts.begin(), chosen.experts.end());
-
-    for (int expert : chosen.experts) chosen.weights.push_back(scores[expert]);
-    if (it.scores == Router::Scores::softmax_of_chosen) softmax(chosen.weights.data(), it.top_k);
-    float sum = 0.0f;
-    for (float weight : chosen.weights) sum += weight;
-    for (float& weight : chosen.weights) weight = (it.normalize ? weight / sum : weight) * it.scale;
-    return chosen;
+    return choose(it, logits);
 }
 
 std::vector<float> Decoder::shares() const {

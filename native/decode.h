@@ -1,87 +1,14 @@
 // One token through a decoder's layers, all but the experts: norms, projections, rotary embedding, attention over
 // cached keys and values, routers, dense and shared MLPs. Experts come from whoever holds them, between `attend` and
-// `combine`. greenroom.decode describes a transformers model in these terms and proves each kind of layer against it.
+// `combine`.
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
-#include "compute.h"
+#include "layer.h"
 
 namespace greenroom {
-
-// A packed matrix and its bias, or nothing.
-struct Weights {
-    const std::uint8_t* packed = nullptr;
-    Shape shape{};
-    const float* bias = nullptr;
-
-    explicit operator bool() const { return packed != nullptr; }
-};
-
-// x * weight / sqrt(mean(x^2) + eps), or nothing.
-struct Norm {
-    const float* weight = nullptr;
-    float eps = 0.0f;
-};
-
-// Which two numbers of a head a rotary embedding turns together, and where it leaves them.
-enum class Rotation {
-    halves,           // i and i + dim/2
-    pairs,            // 2i and 2i + 1
-    pairs_to_halves,  // takes 2i and 2i + 1, leaves them at i and i + dim/2
-};
-
-// Grouped-query attention.
-struct Attention {
-    Weights query, key, value, output;
-    Norm query_norm, key_norm;
-    bool norm_each_head = false;  // else over all heads at once
-    float clip = 0.0f;            // of queries, keys and values; 0: none
-    int heads = 0, kv_heads = 0, head_dim = 0, rotary_dim = 0;
-    Rotation rotation = Rotation::halves;
-    float scale = 1.0f;
-    const float* sinks = nullptr;  // [heads]: logits of a position that holds nothing
-};
-
-// Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), with the up-projections absorbed into the query and
-// the output: what is cached is the latent and one rotated key for all heads.
-struct LatentAttention {
-    Weights query_down, query, latent, output;  // query_down: or nothing
-    Norm query_norm, latent_norm;
-    const std::uint8_t* key_up = nullptr;    // float16 [heads, nope_dim, latent_dim]
-    const std::uint8_t* value_up = nullptr;  // float16 [heads, latent_dim, value_dim]
-    int heads = 0, nope_dim = 0, rotary_dim = 0, latent_dim = 0, value_dim = 0;
-    Rotation rotation = Rotation::halves;
-    float scale = 1.0f;
-};
-
-struct Router {
-    enum class Scores { softmax, sigmoid, softmax_of_chosen };
-
-    Weights weights;
-    Scores scores = Scores::softmax;
-    int top_k = 0;
-    const float* correction = nullptr;  // [experts], added to the scores for choosing
-    int groups = 1, top_groups = 1;     // experts are chosen from the best groups
-    bool group_by_two = false;          // a group's score is the sum of its best two; else its best
-    bool normalize = false;             // chosen weights sum to 1
-    float scale = 1.0f;
-};
-
-// down . (silu(gate . x) * (up . x)), times sigmoid(scale . x) where there is a scale.
-struct Mlp {
-    Weights gate, up, down, scale;
-};
-
-struct DecoderLayer {
-    Norm before_attention, before_mlp;
-    std::optional<Attention> attention;
-    std::optional<LatentAttention> latent_attention;
-    std::optional<Router> router;  // else the layer is dense
-    std::optional<Mlp> mlp;        // the dense or the shared one
-};
 
 // One layer's cache of one sequence, float16, as Span wants it: keys [kv_heads, capacity / kPositions, key_dim,
 // kPositions], values [kv_heads, capacity, value_dim]. Positions first <= p < length are visible; this token is put at
@@ -89,11 +16,6 @@ struct DecoderLayer {
 struct KeyValues {
     std::uint8_t *keys, *values;
     std::int64_t capacity, first, length;
-};
-
-struct Chosen {
-    std::vector<int> experts;    // ascending
-    std::vector<float> weights;  // theirs
 };
 
 class Decoder {
@@ -114,7 +36,8 @@ public:
     // normed = norm(hidden)
     void finish(const Norm& norm);
 
-    std::size_t layers() const { return layers_.size(); }
+    const std::vector<DecoderLayer>& layers() const { return layers_; }
+    std::int64_t width() const { return width_; }
 
 private:
     const float* attention(const Attention& it, const KeyValues& cache, const float* cosine, const float* sine,

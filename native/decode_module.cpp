@@ -1,4 +1,4 @@
-// The decoder's part of the Python module: descriptions of layers, and one token's way through them. Addresses come
+// The decoder's part of the Python module: descriptions of layers, and the way of one token or many through them. Addresses come
 // from greenroom.decode, which keeps what they point to alive; sizes that would lead beyond it are checked here.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "decode.h"
+#include "prompt.h"
 
 namespace nb = nanobind;
 using namespace greenroom;
@@ -56,6 +57,7 @@ void check_latent(const LatentAttention& it, std::int64_t width) {
         fits(it.query, it.heads * (it.nope_dim + it.rotary_dim), width);
     }
     fits(it.latent, it.latent_dim + it.rotary_dim, width);
+    fits(it.up, it.heads * (it.nope_dim + it.value_dim), it.latent_dim);
     fits(it.output, width, it.heads * it.value_dim);
 }
 
@@ -93,12 +95,30 @@ std::pair<std::vector<int>, std::vector<float>> attend(Decoder& decoder, std::si
                                                        std::uintptr_t values, std::int64_t capacity, std::int64_t first,
                                                        std::int64_t length, std::uintptr_t cosine, std::uintptr_t sine,
                                                        int threads) {
-    check(layer < decoder.layers(), "no such layer");
+    check(layer < decoder.layers().size(), "no such layer");
     check(first >= 0 && first <= length && length < capacity && capacity % kPositions == 0, "the cache is full");
     nb::gil_scoped_release release;
     Chosen chosen = decoder.attend(layer, {pointer<std::uint8_t>(keys), pointer<std::uint8_t>(values), capacity, first, length},
                                    pointer<const float>(cosine), pointer<const float>(sine), threads);
     return {std::move(chosen.experts), std::move(chosen.weights)};
+}
+
+void project(Prompt& prompt, std::size_t layer, std::uintptr_t keys, std::uintptr_t values, int threads) {
+    check(layer < prompt.layers(), "no such layer");
+    prompt.project(layer, pointer<float>(keys), pointer<float>(values), threads);
+}
+
+void attend_all(Prompt& prompt, std::size_t layer, std::uintptr_t keys, std::uintptr_t values, std::int64_t length,
+                std::int64_t window, std::uintptr_t experts, std::uintptr_t weights, int threads) {
+    check(layer < prompt.layers(), "no such layer");
+    check(length >= prompt.count() && length <= INT32_MAX && window >= 0, "not a number of positions");
+    prompt.attend(layer, pointer<const float>(keys), pointer<const float>(values), length, window,
+                  pointer<std::int64_t>(experts), pointer<float>(weights), threads);
+}
+
+void combine_all(Prompt& prompt, std::size_t layer, std::uintptr_t outputs, int threads) {
+    check(layer < prompt.layers(), "no such layer");
+    prompt.combine(layer, pointer<const float>(outputs), threads);
 }
 
 // One token's experts: outputs [number of experts, second.rows], in the order of `records`, whose places say which
@@ -159,6 +179,7 @@ void bind_decoder(nb::module_& module) {
         .def_rw("query", &LatentAttention::query)
         .def_rw("latent", &LatentAttention::latent)
         .def_rw("output", &LatentAttention::output)
+        .def_rw("up", &LatentAttention::up)
         .def_rw("query_norm", &LatentAttention::query_norm)
         .def_rw("latent_norm", &LatentAttention::latent_norm)
         .def_rw("heads", &LatentAttention::heads)
@@ -211,10 +232,23 @@ void bind_decoder(nb::module_& module) {
         .def("shares", &Decoder::shares)
         .def("shared", &Decoder::shared, nb::call_guard<nb::gil_scoped_release>())
         .def("combine", [](Decoder& it, std::size_t layer, std::uintptr_t outputs, const std::vector<float>& weights) {
-            check(layer < it.layers(), "no such layer");
+            check(layer < it.layers().size(), "no such layer");
             it.combine(layer, pointer<const float>(outputs), weights);
         })
-        .def("finish", &Decoder::finish);
+        .def("finish", &Decoder::finish)
+        .def(
+            "prompt",
+            [](const Decoder& it, std::int64_t count, std::uintptr_t hidden, std::uintptr_t normed, std::uintptr_t cosine,
+               std::uintptr_t sine) {
+                check(count > 0 && count <= INT32_MAX, "a prompt has tokens");
+                return new Prompt(it.layers(), it.width(), count, pointer<float>(hidden), pointer<float>(normed),
+                                  pointer<const float>(cosine), pointer<const float>(sine));
+            },
+            nb::keep_alive<0, 1>());
+    nb::class_<Prompt>(module, "Prompt")
+        .def("project", &project, nb::call_guard<nb::gil_scoped_release>())
+        .def("attend", &attend_all, nb::call_guard<nb::gil_scoped_release>())
+        .def("combine", &combine_all, nb::call_guard<nb::gil_scoped_release>());
     module.def("token", &token);
     module.attr("BLOCK") = kPositions;
 }

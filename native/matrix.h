@@ -64,6 +64,23 @@ using Attend = void (*)(const Span& span);
 // out [value_dim] = sum of weights[p] * values[p]; values: float16 [positions, value_dim]
 using Mix = void (*)(const std::uint8_t* values, int value_dim, const float* weights, int positions, float* out);
 
+// Causal attention of up to kRows rows, a row being one query head of one token, to the key-value head they share, in
+// float32. Token t stands at place `position + t` among the keys, and sees the last `window` up to its own (0: all).
+constexpr int kRows = 64;
+constexpr int kKeysAtOnce = 96;
+
+struct Queries {
+    const float* q;  // [tokens, heads, key_dim], tokens q_stride apart, scaled
+    int tokens, heads, key_dim, value_dim;
+    const float *keys, *values;  // positions key_stride and value_stride apart
+    std::int64_t q_stride, key_stride, value_stride, out_stride;
+    std::int64_t position, window;
+    const float* sinks;  // [heads], logits of a position that holds nothing; or null
+    float* out;          // [tokens, heads, value_dim], tokens out_stride apart; may be q where the dims are the same
+    float* scratch;      // kRows * (key_dim + value_dim + kKeysAtOnce), aligned to 64 bytes
+};
+using AttendCausally = void (*)(const Queries& queries);
+
 struct Kernel {
     Size prepared_nbytes;  // a multiple of 64
     Prepare prepare;
@@ -82,6 +99,7 @@ struct Isa {
     Activate activate;
     Attend attend;
     Mix mix;
+    AttendCausally attend_causally;
 };
 
 extern const Isa kPortable;

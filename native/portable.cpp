@@ -1,6 +1,7 @@
 // Any machine: four lanes that the compiler maps to what it has.
 #include "activation.h"
 #include "attention.h"
+#include "causal.h"
 #include "rows.h"
 
 namespace greenroom {
@@ -57,6 +58,7 @@ Kernel kernel(const Matrix& matrix, bool) { return float_kernel<Portable>(matrix
 
 }  // namespace
 
-const Isa kPortable = {"portable", "portable C++", supported, kernel, activate, attend<Portable>, mix<Portable>};
+const Isa kPortable = {"portable", "portable C++", supported, kernel, activate, attend<Portable>, mix<Portable>,
+                       attend_causally<Portable>};
 
 }  // namespace greenroom

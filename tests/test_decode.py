@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +32,8 @@ OTHERS = [
 ]
 TOLERANCE = 5e-3
 """largest |difference| / largest |logit|: float16 keys and values, over random weights that exaggerate"""
+PROMPT_TOLERANCE = 1e-4
+"""the same for a prompt, which is float32 throughout; measured 1e-6 to 2e-5"""
 CONTROL = 2e-2
 PROMPT = torch.randint(families.FIRST_ID, families.LAST_ID, (1, 9), generator=torch.Generator().manual_seed(3))
 FORCED = torch.randint(families.FIRST_ID, families.LAST_ID, (14,), generator=torch.Generator().manual_seed(4)).tolist()
@@ -71,10 +74,105 @@ def by_modules(engine: Engine) -> torch.Tensor:
 def test_a_family_decodes_like_its_modules(name: str, bits: int) -> None:
     with running(case_of(name).pack(bits)) as engine:
         want = by_modules(engine)
-        assert engine.decode.steps == 0
+        assert engine.decode.steps == engine.decode.prompts == 0
         got = decoded(engine.model)
-        assert engine.decode.reason == "" and engine.decode.steps == len(FORCED)
+        assert engine.decode.reason == "" and engine.decode.steps == len(FORCED) and engine.decode.prompts == 1
         assert distance(got, want) < TOLERANCE
+
+
+# --- prompts
+
+LONG = torch.randint(families.FIRST_ID, families.LAST_ID, (1, 230), generator=torch.Generator().manual_seed(6))
+
+
+@torch.no_grad()
+def read(engine: Engine, *ends: int, ids: torch.Tensor = LONG, cached: bool = True) -> torch.Tensor:
+    """Logits of `ids` [n, vocab], fed in pieces that end at `ends`."""
+    past = DynamicCache(config=engine.model.config) if cached else None
+    pieces = [
+        engine.model(ids[:, start:end], past_key_values=past, use_cache=cached).logits[0]
+        for start, end in zip((0, *ends), (*ends, ids.shape[1]), strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+@contextlib.contextmanager
+def modules_only(engine: Engine) -> "Iterator[None]":
+    engine.decode.enabled = False
+    yield
+    engine.decode.enabled = True
+
+
+@pytest.mark.parametrize("name", NAMED + OTHERS)
+def test_a_prompt_is_read_like_its_modules_read_it(name: str) -> None:
+    """In one piece, in pieces of all kinds after a cache, and without one; 16 bits, so that nothing else differs."""
+    with running(case_of(name).pack(16), context=256) as engine:
+        ids = LONG[:, :31]
+        with modules_only(engine):
+            want, other = read(engine, ids=ids), read(engine, ids=ids.flip(1))
+        for ends in ((), (2,), (7, 9, 25)):
+            before = engine.decode.prompts
+            assert distance(read(engine, *ends, ids=ids), want) < PROMPT_TOLERANCE
+            assert engine.decode.prompts == before + 1 + len(ends) and engine.decode.reason == ""
+        assert distance(read(engine, ids=ids, cached=False), want) < PROMPT_TOLERANCE
+        assert distance(other, want) > CONTROL, "any prompt would have passed"
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_long_prompts_cross_tiles(name: str) -> None:
+    """More tokens and keys than a tile holds, after a cache, too."""
+    with running(case_of(name).pack(4), context=512) as engine:
+        with modules_only(engine):
+            want = read(engine)
+        for ends in ((), (100,), (150, 170)):
+            assert distance(read(engine, *ends), want) < TOLERANCE
+        assert engine.decode.prompts == 6
+
+
+def test_long_prompts_of_wide_matrices_are_left_to_torch() -> None:
+    """At 16 bits its products of many vectors are the faster ones."""
+    with running(case_of("mixtral").pack(16), context=256) as engine:
+        read(engine)
+        assert engine.decode.reason == "" and engine.decode.prompts == 0
+        read(engine, ids=LONG[:, :20])
+        assert engine.decode.prompts == 1
+
+
+def test_a_prompt_sees_no_further_than_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(case_of("gpt_oss").pack(16)) as engine:
+        ids = LONG[:, :30]
+        with modules_only(engine):
+            want = read(engine, ids=ids)
+        real = describe.describe
+        monkeypatch.setattr(
+            "greenroom.decode.step.describe",
+            lambda base: dataclasses.replace(real(base), windows=[None] * len(real(base).windows)),
+        )
+        engine.decode.forget()
+        assert distance(read(engine, ids=ids), want) > CONTROL, "the window would not have shown"
+
+
+def test_padded_prompts_go_through_the_modules(mixtral: Engine) -> None:
+    mask = torch.ones_like(PROMPT)
+    with torch.no_grad():
+        mixtral.model(PROMPT, attention_mask=mask)
+        assert mixtral.decode.prompts == 1
+        mask[0, :2] = 0
+        mixtral.model(PROMPT, attention_mask=mask)
+        mixtral.model(PROMPT, position_ids=torch.arange(3, 3 + PROMPT.shape[1])[None])
+        mixtral.model(PROMPT.repeat(2, 1))
+        assert mixtral.decode.prompts == 1
+
+
+def test_memory_and_threads_do_not_show_in_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = case_of("qwen2_moe").pack(4)
+    found = []
+    for slots, count in ((10, 1), (0, 2), (3, 3)):
+        monkeypatch.setattr(threads, "_ours", count)
+        with running(packed, experts_per_layer=slots, context=256) as engine:
+            found.append(read(engine, 50))
+            assert engine.decode.prompts == 2
+    assert all(torch.equal(one, found[0]) for one in found[1:])
 
 
 @pytest.mark.parametrize("name", sorted(set(families.FAMILIES) - set(NAMED + OTHERS)))
@@ -363,7 +461,10 @@ def test_every_instruction_set_decodes(name: str) -> None:
             assert core.choose(isa)
             with running(case_of(name).pack(16)) as engine:
                 assert distance(decoded(engine.model), by_modules(engine)) < TOLERANCE
-                assert engine.decode.reason == ""
+                got = read(engine, 13, ids=LONG[:, :31])
+                assert engine.decode.reason == "" and engine.decode.prompts == 3
+                with modules_only(engine):
+                    assert distance(got, read(engine, 13, ids=LONG[:, :31])) < PROMPT_TOLERANCE
     finally:
         core.choose(best)
 

@@ -5,6 +5,7 @@ nothing beside them. Whether the recognised thing computes what the modules comp
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,12 @@ class DecoderParts:
     """experts per token, at most"""
     keep: "list[torch.Tensor]"
     """what the descriptions point to"""
+    shapes: "list[Any]"
+    """native.Shape, of each projection"""
+
+    def takes(self, tokens: int) -> bool:
+        """Whether the compiled kernels are the faster ones for so many tokens."""
+        return all(shape.takes(tokens) for shape in self.shapes)
 
 
 def describe(base: Any) -> DecoderParts:
@@ -72,23 +79,23 @@ def describe(base: Any) -> DecoderParts:
         moe=writer.moe,
         top_k=writer.top_k,
         keep=writer.keep,
+        shapes=writer.shapes,
     )
 
 
 class Turn:
-    """A position's rotary embedding: `cosine` and `sine`, float32 [rotary_dim / 2], of however a family writes it."""
+    """Positions' rotary embedding: `cosine` and `sine`, float32 [n, rotary_dim / 2], of however a family writes it."""
 
-    def __init__(self, rotary: Any, position: int, width: int) -> None:
-        found = rotary(torch.empty(1, 1, width), torch.tensor([[position]]))
+    def __init__(self, rotary: Any, positions: "Sequence[int]", width: int) -> None:
+        found = rotary(torch.empty(1, 1, width), torch.tensor([positions]))
         self.complex = isinstance(found, torch.Tensor) and found.is_complex()
-        if self.complex:
-            self.cosine, self.sine = found.real.reshape(-1).contiguous(), found.imag.reshape(-1).contiguous()
-            return
-        cosine, sine = (one.reshape(-1) for one in found)
-        half = cosine.numel() // 2
-        doubled = torch.equal(cosine[:half], cosine[half:]) and torch.equal(sine[:half], sine[half:])
-        size = half if doubled else cosine.numel()
-        self.cosine, self.sine = cosine[:size].contiguous(), sine[:size].contiguous()
+        cosine, sine = (
+            one.reshape(len(positions), -1) for one in ((found.real, found.imag) if self.complex else found)
+        )
+        half = cosine.shape[1] // 2
+        doubled = torch.equal(cosine[:, :half], cosine[:, half:]) and torch.equal(sine[:, :half], sine[:, half:])
+        size = half if doubled and not self.complex else cosine.shape[1]
+        self.cosine, self.sine = cosine[:, :size].contiguous(), sine[:, :size].contiguous()
 
 
 class _Describer:
@@ -98,10 +105,11 @@ class _Describer:
         self.core: Any = native.extension()
         self.config = base.config
         self.width = int(base.config.hidden_size)
-        self.rotary = Turn(base.rotary_emb, 1, self.width)
+        self.rotary = Turn(base.rotary_emb, [1], self.width)
         self.keep: list[torch.Tensor] = []
         self.layouts: list[kv.Layout] = []
         self.moe: list[Any] = []
+        self.shapes: list[Any] = []
         self.top_k = 0
 
     def layer(self, layer: Any) -> Any:
@@ -132,11 +140,17 @@ class _Describer:
         if isinstance(module, PackedLinear):
             self.keep.append(module.packed)
             shape = native.shape(module.out_features, module.in_features, module.format)
+            self._note(module.out_features, module.in_features, module.format)
             bias = 0 if module.bias is None else self._pointer(module.bias)
             return self.core.Weights(module.packed.data_ptr(), module.packed.numel(), shape, bias)
         if type(module) is not nn.Linear:
             raise NotUnderstoodError(f"{type(module).__name__} is not a plain linear")
+        self._note(module.out_features, module.in_features, Format(bits=16, group_size=0, dtype="bfloat16"))
         return self.matrix(module.weight, module.bias)
+
+    def _note(self, rows: int, cols: int, format: Format) -> None:
+        if rows > 1:  # how a single row is multiplied matters to no one
+            self.shapes.append(native.shape(rows, cols, format))
 
     def matrix(self, weight: torch.Tensor, bias: "torch.Tensor | None") -> Any:
         """A plain matrix in 16 bits."""
@@ -164,7 +178,7 @@ class _Describer:
         found.query, found.key = self.weights(module.q_proj), self.weights(module.k_proj)
         found.value, found.output = self.weights(module.v_proj), self.weights(module.o_proj)
         dim = int(module.head_dim)
-        found.head_dim, found.rotary_dim = dim, 2 * self.rotary.cosine.numel()
+        found.head_dim, found.rotary_dim = dim, 2 * self.rotary.cosine.shape[1]
         found.heads, found.kv_heads = module.q_proj.out_features // dim, module.k_proj.out_features // dim
         found.scale = float(module.scaling)
         if hasattr(module, "q_norm"):
@@ -199,6 +213,7 @@ class _Describer:
         value_up = up[:, found.nope_dim :].transpose(1, 2).to(torch.float16).contiguous()
         self.keep += [key_up, value_up]
         found.key_up, found.value_up = key_up.data_ptr(), value_up.data_ptr()
+        found.up = self.weights(module.kv_b_proj)
         if self.rotary.complex:
             found.rotation = self.core.Rotation.pairs
         elif getattr(self.config, "rope_interleave", False):

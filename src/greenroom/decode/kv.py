@@ -201,6 +201,14 @@ HalfLayer = HalfDynamicLayer | HalfSlidingLayer
 _CLASSES: "dict[type, Any]" = {DynamicLayer: HalfDynamicLayer, DynamicSlidingWindowLayer: HalfSlidingLayer}
 
 
+def is_plain(cache: Any) -> bool:
+    """Whether `cache` is one of keys and values alone, of at most one sequence."""
+    if type(cache) is not DynamicCache or cache.offloading:
+        return False
+    known = all(type(layer) in _CLASSES or isinstance(layer, _HalfLayer) for layer in cache.layers)
+    return known and all(not layer.is_initialized or layer.keys.shape[0] == 1 for layer in cache.layers)
+
+
 def adopt(cache: Any, layouts: "list[Layout]") -> "list[HalfLayer] | None":
     """The layers of `cache`, each made one that holds float16; None where it is not a plain cache of one sequence."""
     if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != len(layouts):

@@ -1,5 +1,5 @@
-"""The compiled decode step: stands in for the forward of a model without its head where one more token of one sequence
-is asked for, and leaves everything else to the modules.
+"""The compiled decoder: stands in for the forward of a model without its head where one sequence goes on, by a token or
+by many, and leaves everything else to the modules.
 """
 
 import contextlib
@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from transformers import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from greenroom import environment
 from greenroom.decode import kv, proof
 from greenroom.decode.describe import DecoderParts, NotUnderstoodError, Turn, describe
+from greenroom.decode.prompt import Prompt
 from greenroom.kernels import native
 from greenroom.threads import count, lent_to_torch
 
@@ -46,7 +48,7 @@ class ServeToken(Protocol):
 
 
 class DecodeStep:
-    """`base.forward` with a fast way for single tokens.
+    """`base.forward` with a fast way for the next tokens of one sequence.
 
     `reason` says why the fast way is not taken, in words; empty while it is. It is described and proved at the first
     token that could take it.
@@ -60,7 +62,9 @@ class DecodeStep:
         self.enabled = environment.decode() != "modules"
         """set to False, every token goes through the modules"""
         self.steps = 0
-        """tokens that went the fast way"""
+        """single tokens that went the fast way"""
+        self.prompts = 0
+        """calls of several that did"""
         self.forget()
         base.forward = self.forward
 
@@ -76,8 +80,9 @@ class DecodeStep:
 
     def forward(self, input_ids: "torch.Tensor | None" = None, **others: Any) -> Any:
         """As the model's own forward."""
-        if self.enabled and input_ids is not None and input_ids.shape == (1, 1) and self._takes(others):
-            out = self._step(input_ids, **others)
+        if self.enabled and input_ids is not None and input_ids.shape[:-1] == (1,) and self._takes(others):
+            way = self._step if input_ids.shape[1] == 1 else self._prompt
+            out = way(input_ids, **others)
             if out is not None:
                 return out
         given = input_ids if input_ids is not None else others.get("inputs_embeds")
@@ -86,10 +91,8 @@ class DecodeStep:
             return self._modules_forward(input_ids=input_ids, **others)
 
     def _takes(self, others: "dict[str, Any]") -> bool:
-        """Whether a call asks for nothing but one more token."""
+        """Whether a call asks for nothing but more tokens."""
         if not others.keys() <= _INPUTS | _OUTPUTS or any(others.get(name) for name in _OUTPUTS):
-            return False
-        if others.get("past_key_values") is None or others.get("use_cache") is False:
             return False
         if others.get("inputs_embeds") is not None or torch.is_grad_enabled():
             return False
@@ -130,15 +133,19 @@ class DecodeStep:
     def _step(
         self,
         input_ids: torch.Tensor,
-        past_key_values: Any,
+        past_key_values: Any = None,
         attention_mask: "torch.Tensor | None" = None,
         position_ids: "torch.Tensor | None" = None,
+        use_cache: "bool | None" = None,
         **_: Any,
     ) -> Any:
+        """One token; None where it is not the next one of a plain cache."""
         assert self._parts is not None
-        layers = kv.adopt(past_key_values, self._parts.layouts)
+        layers = None if use_cache is False else kv.adopt(past_key_values, self._parts.layouts)
+        if layers is None:
+            return None
         position = past_key_values.get_seq_length()
-        if layers is None or not _is_next(position, attention_mask, position_ids):
+        if not _are_next([position], attention_mask, position_ids):
             return None
         halves = []
         for layer, window in zip(layers, self._parts.windows, strict=True):
@@ -146,7 +153,7 @@ class DecodeStep:
                 return None
             halves.append(half)
         self._hidden.copy_(self._parts.embed(input_ids)[0])
-        turn = Turn(self._parts.rotary, position, self._parts.width)
+        turn = Turn(self._parts.rotary, [position], self._parts.width)
         for index, half in enumerate(halves):
             self.layer(index, half, turn, self._serve)
         for layer in layers:  # together, so that an interrupt leaves them agreed
@@ -154,6 +161,39 @@ class DecodeStep:
         self._decoder.finish(self._parts.final_norm)
         self.steps += 1
         return MoeModelOutputWithPast(last_hidden_state=self._normed.clone()[None], past_key_values=past_key_values)
+
+    def _prompt(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Any = None,
+        attention_mask: "torch.Tensor | None" = None,
+        position_ids: "torch.Tensor | None" = None,
+        use_cache: "bool | None" = None,
+        **_: Any,
+    ) -> Any:
+        """Many tokens; None where they are not the next ones of a plain cache, or of none."""
+        assert self._parts is not None
+        cache = past_key_values
+        if cache is None and (self._base.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=self._base.config)
+        if not self._parts.takes(input_ids.shape[1]) or not (cache is None or kv.is_plain(cache)):
+            return None
+        first = 0 if cache is None else cache.get_seq_length()
+        positions = list(range(first, first + input_ids.shape[1]))
+        if not _are_next(positions, attention_mask, position_ids):
+            return None
+        prompt = self.prompt(self._parts.embed(input_ids)[0], positions)
+        for index in range(len(self._parts.layers)):
+            prompt.layer(index, _own if cache is None else lambda i, keys, values: cache.update(keys, values, i))
+        self.prompts += 1
+        return MoeModelOutputWithPast(last_hidden_state=self._parts.norm(prompt.hidden)[None], past_key_values=cache)
+
+    def prompt(self, hidden: torch.Tensor, positions: "list[int]") -> Prompt:
+        """`hidden` [n, H], embedded tokens at `positions`, ready for the layers, which work on it in place."""
+        assert self._parts is not None
+        return Prompt(
+            self._parts, self._decoder, hidden.contiguous(), Turn(self._parts.rotary, positions, self._parts.width)
+        )
 
     def layer(self, index: int, half: kv.HalfKV, turn: Turn, serve: ServeToken) -> None:
         """The residual stream through one layer."""
@@ -192,8 +232,13 @@ class DecodeStep:
         return self._hidden
 
 
-def _is_next(position: int, mask: "torch.Tensor | None", position_ids: "torch.Tensor | None") -> bool:
-    """Whether the token follows the `position` before it, and sees all of them: no padding, no position of its own."""
-    if mask is not None and not (mask.ndim == 2 and mask.shape[1] == position + 1 and bool(mask.all())):
+def _own(layer: int, keys: torch.Tensor, values: torch.Tensor) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Without a cache, tokens see each other alone."""
+    return keys, values
+
+
+def _are_next(positions: "list[int]", mask: "torch.Tensor | None", position_ids: "torch.Tensor | None") -> bool:
+    """Whether tokens at `positions` follow all before them, and see those: no padding, no positions of their own."""
+    if mask is not None and not (mask.ndim == 2 and mask.shape[1] == positions[-1] + 1 and bool(mask.all())):
         return False
-    return position_ids is None or (position_ids.numel() == 1 and int(position_ids) == position)
+    return position_ids is None or (position_ids.ndim == 2 and position_ids.tolist() == [positions])
