@@ -329,4 +329,16 @@ void experts(const float* x, const std::vector<Task>& tasks, const ExpertLayout&
     experts_alike(x, many, layout, true, threads);
 }
 
+void add_weighted(float* out, const float* x, const std::int64_t* rows, const float* weights, int count, std::int64_t width,
+                  int threads) {
+    constexpr std::int64_t kColumns = 512;  // that a thread adds at a time: rows may repeat, columns do not
+    parallel_for((width + kColumns - 1) / kColumns, count * width < kWorthPreparing ? 1 : threads, [&](std::int64_t item) {
+        const std::int64_t first = item * kColumns, last = std::min(first + kColumns, width);
+        for (int v = 0; v < count; ++v) {
+            float* to = out + rows[v] * width;
+            for (std::int64_t i = first; i < last; ++i) to[i] += weights[v] * x[v * width + i];
+        }
+    });
+}
+
 }  // namespace greenroom

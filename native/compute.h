@@ -57,4 +57,8 @@ void linear(const float* x, int count, const std::uint8_t* packed, const Shape& 
 // Each task's out = second . gate(first . x[rows] + bias) + bias. x is [_, first.cols].
 void experts(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, int threads);
 
+// out[rows[v]] += weights[v] * x[v] in their order; x: [count, width], out: [_, width].
+void add_weighted(float* out, const float* x, const std::int64_t* rows, const float* weights, int count, std::int64_t width,
+                  int threads);
+
 }  // namespace greenroom

@@ -74,6 +74,14 @@ void experts_at(std::uintptr_t x, std::int64_t x_rows, const std::vector<std::ui
     experts(pointer<const float>(x), tasks, layout, threads);
 }
 
+void add_weighted_at(std::uintptr_t out, std::int64_t out_rows, std::uintptr_t x, std::uintptr_t rows, std::uintptr_t weights,
+                     int count, std::int64_t width, int threads) {
+    const std::int64_t* places = pointer<const std::int64_t>(rows);
+    for (int v = 0; v < count; ++v) check(places[v] >= 0 && places[v] < out_rows, "a row that there is not");
+    nb::gil_scoped_release release;
+    add_weighted(pointer<float>(out), pointer<const float>(x), places, pointer<const float>(weights), count, width, threads);
+}
+
 // Whether the compiled kernels are the faster ones for so many vectors.
 bool takes(const Shape& shape, int count) {
     const Kernel kernel = active().kernel(shape.at(nullptr), count >= kMany);
@@ -109,6 +117,7 @@ NB_MODULE(_native, module) {
     module.def("layout", &layout_of);
     module.def("linears", &linears_at);
     module.def("experts", &experts_at);
+    module.def("add_weighted", &add_weighted_at);
     module.def("available", [] {
         std::vector<std::string> names;
         for (const Isa* isa : available()) names.emplace_back(isa->name);

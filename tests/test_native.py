@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from families import FAMILIES
-from greenroom import kernels, seam
+from greenroom import kernels, seam, threads
 from greenroom.kernels import Activation, ExpertTask, dispatch, native, reference
 from greenroom.packed import RecordTensor
 from greenroom.quant import Format, Layout, dequantize, quantize
@@ -255,8 +255,8 @@ def test_a_task_alone_and_among_others(isa: str, two_threads: None) -> None:
     x = vectors(40, hidden)
     tasks = tasks_of(records, [[0], list(range(33)), [3, 0, 7], list(range(32)), [39]])
     together = kernels.experts(x, tasks, its, SWIGLU)
-    for threads in (2, 1):
-        torch.set_num_threads(threads)
+    for count in (2, 1):
+        torch.set_num_threads(count)
         for task, wanted in zip(tasks, together, strict=True):
             assert torch.equal(kernels.experts(x, [task], its, SWIGLU)[0], wanted)
     for number, rows, places in ((2, [7], [2]), (3, list(range(3, 3 + MANY)), list(range(3, 3 + MANY)))):
@@ -438,3 +438,24 @@ def test_every_function_with_and_without_a_gate(name: str, gated: bool) -> None:
         compare_gates(Activation(gate=lambda x: function(x[:, :80]) * x[:, 80:], kind=f"{name}_and_mul"), gated)
     else:
         compare_gates(Activation(gate=function, kind=name), gated)
+
+
+@pytest.mark.parametrize("width", [3, 512, 1300])
+def test_weighted_rows_are_added_in_their_order(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same bits as one by one, though a row comes twice, and for any number of threads."""
+    out, x, weights = torch.randn(9, width), torch.randn(60, width), torch.randn(60, 1)
+    rows = torch.randint(0, 9, (60,))
+    want = out.clone()
+    for row, one in zip(rows.tolist(), x * weights, strict=True):
+        want[row] += one
+    for count in (1, 2, 3):
+        monkeypatch.setattr(threads, "_ours", count)
+        got = out.clone()
+        assert native.add_weighted(got, x, rows, weights)
+        assert torch.equal(got, want)
+    got = out.clone()
+    assert native.add_weighted(got, x.flip(0), rows, weights)
+    assert not torch.equal(got, want)
+    assert not native.add_weighted(got.double(), x.double(), rows, weights.double())
+    with pytest.raises(ValueError, match="row"):
+        native.add_weighted(got, x, rows + 1, weights)

@@ -307,6 +307,8 @@ class Call:
     def add(self, out: torch.Tensor, expert: int, output: torch.Tensor) -> None:
         """Add the expert's weighted output [n, H] to out [T, H] (float32)."""
         start, end = self.spans[expert]
+        if native.add_weighted(out, output, self._placed_rows[start:end], self._weights[start:end]):
+            return
         weighted = (output * self._weights[start:end]).to(torch.float32)
         if end - start > _FEW_ROWS or out.device.type != "cpu":
             out.index_add_(0, self._placed_rows[start:end], weighted)

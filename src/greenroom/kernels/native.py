@@ -116,6 +116,17 @@ def experts(
     return list(found) if activation.after is None else [activation.after(one) for one in found]
 
 
+def add_weighted(out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> bool:
+    """Add x [n, H] times weights [n, 1] to the rows of out [T, H]; False where this is no matter for these kernels."""
+    plain = extension() is not None and all(_is_plain(one) and one.is_contiguous() for one in (out, x, weights))
+    if not plain or not rows.is_contiguous() or rows.dtype != torch.int64:
+        return False
+    assert out.shape[1] == x.shape[1] and len(rows) == len(x) == weights.numel()
+    addresses = x.data_ptr(), rows.data_ptr(), weights.data_ptr()
+    _native.add_weighted(out.data_ptr(), len(out), *addresses, len(x), x.shape[1], threads.count())
+    return True
+
+
 def token(
     x: torch.Tensor,
     records: "list[int]",
