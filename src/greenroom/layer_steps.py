@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from greenroom.device import Device
 from greenroom.device_runner import DeviceRunner, SentCall
-from greenroom.static_kv import NotServedError
+from greenroom.static_kv import NotServedError, only_grows
 from greenroom.token_layers import Inputs, Sights, Token, TokenLayer
 
 _STEADY = 0.95
@@ -216,7 +216,7 @@ class _Plain:
     @property
     def whole(self) -> bool:
         """Whether everything can be put back: keys and values are all there is, and not, say, a recurrent state."""
-        return self._known and self._layer is not None and hasattr(self._layer, "keys")
+        return self._known and only_grows(self._layer)
 
     def restore(self) -> bool:
         """Put it back; False where the layer's state is of another kind, or its number unknown."""

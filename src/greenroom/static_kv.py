@@ -12,6 +12,7 @@ import weakref
 from typing import Any
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 SMALLEST = 256
@@ -207,6 +208,12 @@ class StaticSlidingLayer(StaticLayer, DynamicSlidingWindowLayer):  # type: ignor
 
 
 _CLASSES: "dict[type, Any]" = {DynamicLayer: StaticDynamicLayer, DynamicSlidingWindowLayer: StaticSlidingLayer}
+_GROWING = {*_CLASSES, *_CLASSES.values(), getattr(cache_utils, "DynamicIndexedLayer", DynamicLayer)}
+
+
+def only_grows(layer: Any) -> bool:
+    """Whether a cache's layer changes by replacing what it holds by something longer; others write over a state."""
+    return type(layer) in _GROWING
 
 
 def adopt(cache: Any, number: "int | None") -> "StaticLayer | None":
