@@ -121,8 +121,12 @@ def build(packed: PackedModel, config: Any, dtype: torch.dtype, serve: seam.Serv
 
 def routers(model: Any, packed: PackedModel) -> "list[Router | None]":
     """Each MoE layer's gate, for guessing; None where it is not a plain matrix."""
-    gates = [seam.router(model, e.module, e.num_experts, e.tensors[0].cols) for e in packed.manifest.experts]
-    return [None if gate is None else Router(gate.weight, gate.bias, gate.correction) for gate in gates]
+    found: list[Router | None] = []
+    for entry in packed.manifest.experts:
+        gate = seam.router(model, entry.module, entry.num_experts, entry.tensors[0].cols)
+        norm = seam.norm_before(model, entry.module)
+        found.append(None if gate is None else Router(gate.weight, gate.bias, gate.correction, norm))
+    return found
 
 
 def _layers_of(packed: PackedModel, experts: "list[seam.ExpertsModule]") -> "dict[str, int]":

@@ -1,20 +1,26 @@
 """Guess the experts of the layers ahead, by the paper's rule: the next layer's gate on the hidden state that this
-layer's gate saw. Ranks experts; how their bytes move, and when, is not its business.
+layer's gate saw, though as the next layer's norm would have made it. Ranks experts; how their bytes move, and when,
+is not its business.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
+
+_LEAST = 1e-3
+"""Of the largest weight of a norm: what is smaller is not divided by."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Router:
     """A gate: `weight` [num_experts, hidden], and its vectors [num_experts], if it has them: `bias` is added to the
-    logits, `correction` to their sigmoid."""
+    logits, `correction` to their sigmoid. `norm` [hidden]: the weight of the RMS norm before it, if there is one."""
 
     weight: torch.Tensor
     bias: "torch.Tensor | None" = None
     correction: "torch.Tensor | None" = None
+    norm: "torch.Tensor | None" = None
 
     def reads(self, hidden: torch.Tensor) -> bool:
         """Whether the gate's width is that of `hidden`; a vision tower's is not the text model's."""
@@ -34,6 +40,40 @@ class Router:
         return (plain / plain.sum(dim=1, keepdim=True)).half()
 
 
+class Foresight:
+    """What gates ahead would see if nothing were added to the residual stream until then.
+
+    This layer's gate sees norm(r) = w · r / rms(r), the one ahead norm'(r) = w' · r / rms(r). So no residual is needed:
+    norm'(r) = norm(r) · w' / w. Where a norm is no such thing, what this layer's gate saw.
+    """
+
+    def __init__(self, routers: "Sequence[Router | None]") -> None:
+        self._routers = routers
+        self._factors: dict[tuple[int, int], torch.Tensor | None] = {}
+
+    def __call__(self, layer: int, ahead: int, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden` [T, H], which `layer`'s gate saw, for the gate of the layer `ahead`."""
+        if ahead == layer:
+            return hidden
+        if (layer, ahead) not in self._factors:
+            self._factors[layer, ahead] = self._factor(self._routers[layer], self._routers[ahead])
+        factor = self._factors[layer, ahead]
+        return hidden if factor is None else hidden * factor
+
+    def _factor(self, here: "Router | None", there: "Router | None") -> "torch.Tensor | None":
+        if (
+            here is None
+            or there is None
+            or here.norm is None
+            or there.norm is None
+            or len(here.norm) != len(there.norm)
+        ):
+            return None
+        now, then = here.norm.float(), there.norm.float()
+        seen = now.abs() > _LEAST * now.abs().max()  # what this norm hides cannot be told
+        return torch.where(seen, then / now, 1.0).to(here.norm.dtype)
+
+
 class Prefetcher:
     """Ranked guesses for `lookahead` layers ahead.
 
@@ -43,6 +83,7 @@ class Prefetcher:
 
     def __init__(self, routers: "list[Router | None]", experts: int, lookahead: int, staging: int) -> None:
         self._routers, self.experts, self.lookahead, self._staging = routers, experts, lookahead, staging
+        self._foresight = Foresight(routers)
 
     def guess(self, layer: int, hidden: torch.Tensor, top_k: int, prompt: bool) -> "list[tuple[int, list[int]]]":
         """(layer ahead, experts likeliest first) for `hidden` [T, H] seen by `layer`'s gate; nearest layer first."""
@@ -52,7 +93,7 @@ class Prefetcher:
         ahead = range(layer + 1, min(layer + (1 if prompt else self.lookahead), len(self._routers) - 1) + 1)
         routers = ((other, self._routers[other]) for other in ahead)
         return [
-            (other, self._rank(router, hidden, top_k, count))
+            (other, self._rank(router, self._foresight(layer, other, hidden), top_k, count))
             for other, router in routers
             if router is not None and router.reads(hidden)
         ]

@@ -371,6 +371,20 @@ def router(model: Any, experts: str, num_experts: int, hidden: int) -> "Gate | N
     )
 
 
+def norm_before(model: Any, experts: str) -> "torch.Tensor | None":
+    """The weight [hidden] of the norm whose output the gate beside `experts` reads, where it is a plain RMS norm: found
+    by the name that most families share, and by what it computes."""
+    layer = model.get_submodule(_block(experts).rpartition(".")[0])
+    norm = getattr(layer, "post_attention_layernorm", None)
+    weight = getattr(norm, "weight", None)
+    if norm is None or not isinstance(weight, torch.Tensor) or weight.ndim != 1:
+        return None
+    one = torch.linspace(-1.0, 1.0, weight.numel(), device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        made, wanted = norm(one), weight * one / one.square().mean().sqrt()
+    return weight if torch.allclose(made, wanted, rtol=0.05, atol=1e-3) else None
+
+
 def tensors(module: nn.Module) -> "Iterator[tuple[str, torch.Tensor]]":
     """All parameters and buffers by name."""
     yield from module.named_parameters()

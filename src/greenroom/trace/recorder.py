@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from greenroom.prefetch import Router
+from greenroom.prefetch import Foresight, Router
 from greenroom.threads import kept_from_torch
 from greenroom.trace.writer import TraceWriter
 
@@ -43,6 +43,7 @@ class Recorder:
         model: str = "",
     ) -> None:
         self._path, self._routers, self._experts, self._model = path, list(routers), num_experts, model
+        self._foresight = Foresight(self._routers)
         guessing = any(router is not None for router in routers)
         self._lookahead, self._ranked = (lookahead, min(ranked, num_experts)) if guessing else (0, 0)
         self._probabilities = probabilities and guessing
@@ -106,7 +107,8 @@ class Recorder:
         back = self._layers[max(layer - self._lookahead, 0) : layer + 1][::-1]
         if router is None or not all(one.inputs and router.reads(one.inputs[0]) for one in back):
             return
-        scores = router.scores(torch.cat([x for one in back for x in one.inputs]))
+        seen = [self._foresight(layer - distance, layer, x) for distance, one in enumerate(back) for x in one.inputs]
+        scores = router.scores(torch.cat(seen))
         if self._probabilities:
             here.probabilities[:, : scores.shape[1]] = router.shares(scores[:count]).numpy()
         if len(back) > 1:
