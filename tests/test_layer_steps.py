@@ -57,7 +57,7 @@ def test_going_ahead_does_not_show(expected: "list[torch.Tensor]", device_engine
     slots=st.integers(0, 5),
     staging=st.integers(1, 4),
     cpu_experts=st.just(False),
-    policy=st.sampled_from(["lru", "lfu", "learned", "lru-shared", "learned-shared"]),
+    policy=st.sampled_from(["lru", "lfu", "learned", "probability", "lru-shared", "learned-shared"]),
 )
 def test_nothing_of_it_shows(
     expected: "list[torch.Tensor]", device_engines: Engines, ram_slots: int, slots: int, **options: Any
