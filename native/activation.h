@@ -13,7 +13,7 @@ namespace {
 inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bit counts ones
-    std::int32_t n;
+    std::uint32_t n;  // unsigned: of what is no number anything may come, but defined
     std::memcpy(&n, &shifted, 4);
     const float whole = shifted - 12582912.0f;
     const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // log(2) in two parts
@@ -25,7 +25,7 @@ inline float exponential(float x) {
     sum = sum * r + 0.5f;
     sum = sum * r + 1.0f;
     sum = sum * r + 1.0f;
-    const std::int32_t bits = (n - 0x4b400000 + 127) << 23;
+    const std::uint32_t bits = (n - 0x4b400000u + 127u) << 23;
     float power;
     std::memcpy(&power, &bits, 4);
     return sum * power;

@@ -49,14 +49,14 @@ struct Avx2 {
         return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     }
 
-    // kWidth bytes, zero where not left.
-    static F from_bytes(const std::uint8_t* p, std::int64_t left) {
-        std::uint8_t some[kWidth] = {};
-        if (left < kWidth) {
-            std::memcpy(some, p, static_cast<std::size_t>(left));
-            p = some;
-        }
-        return _mm256_cvtepi32_ps(widen(p));
+    static F from_bytes(const std::uint8_t* p) { return _mm256_cvtepi32_ps(widen(p)); }
+    // Two neighbouring bfloat16s everywhere, or the negative of both.
+    static void set_bfloat16(const std::uint8_t* p, bool negative, F* first, F* second) {
+        std::uint32_t pair;
+        std::memcpy(&pair, p, 4);
+        const I both = _mm256_set1_epi32(static_cast<std::int32_t>(negative ? pair ^ 0x80008000u : pair));
+        *first = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+        *second = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<std::int32_t>(0xffff0000u))));
     }
 
     template <bool FLOAT16>

@@ -49,11 +49,16 @@ struct Avx512Vnni {
     static void reduce4(F a, F b, F c, F d, float* to) { _mm_storeu_ps(to, reduced4(a, b, c, d)); }
     static float reduce(F a) { return _mm_cvtss_f32(reduced4(a, a, a, a)); }
 
-    // kWidth bytes, zero where not left.
-    static F from_bytes(const std::uint8_t* p, std::int64_t left) {
-        const __m128i bytes = left >= 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
-                                         : _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << left) - 1), p);
-        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+    static F from_bytes(const std::uint8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
+    // Two neighbouring bfloat16s everywhere, or the negative of both.
+    static void set_bfloat16(const std::uint8_t* p, bool negative, F* first, F* second) {
+        std::uint32_t pair;
+        std::memcpy(&pair, p, 4);
+        const I both = _mm512_set1_epi32(static_cast<std::int32_t>(negative ? pair ^ 0x80008000u : pair));
+        *first = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        *second = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<std::int32_t>(0xffff0000u))));
     }
 
     template <bool FLOAT16>

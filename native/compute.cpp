@@ -13,7 +13,9 @@
 namespace greenroom {
 namespace {
 
-constexpr std::int64_t kChunkNbytes = 32 << 10;    // of codes that a thread takes at a time
+constexpr std::int64_t kLeastSpan = 32 << 10, kMostSpan = 256 << 10;  // bytes of codes that a thread takes at a time
+constexpr std::int64_t kSpans = 8;                 // for each thread, that they end together
+constexpr std::int64_t kColdCodes = 8 << 10, kColdGroups = 1 << 10;   // bytes of a matrix that are fetched before its turn
 constexpr std::int64_t kWorthSharing = 128 << 10;  // products; below, waking a thread takes longer
 constexpr std::int64_t kWorthPreparing = 32 << 10; // elements, likewise
 constexpr std::int64_t kBatch = 128;               // vectors of experts whose inner results are held at a time
@@ -73,8 +75,24 @@ void multiply(const Product& product, std::int64_t first, std::int64_t last) {
     product.add_bias(first, last);
 }
 
+// Fetches the beginning of each of a matrix's parts: kernels fetch ahead within a matrix, not beyond it.
+void fetch_beginning(const Matrix& matrix, std::int64_t parts) {
+    const auto fetch = [](const std::uint8_t* from, std::int64_t nbytes) {
+        for (std::int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(from + i);
+    };
+    for (std::int64_t part = 0; part < parts; ++part) {
+        const std::int64_t row = matrix.rows / parts * part;
+        fetch(matrix.codes + row * matrix.code_row_bytes, kColdCodes);
+        if (matrix.bits == 16) continue;
+        fetch(matrix.scale_codes + row * matrix.groups, kColdGroups);
+        fetch(matrix.zero_codes + row * matrix.groups, kColdGroups);
+        fetch(matrix.row_params + row * 8, kColdGroups / 8);
+    }
+}
+
 // Cuts the products into spans of rows, of which a thread takes one at a time: body(product, first, last). Where a
-// product's rows come in `parts` equal parts, last counts within one.
+// product's rows come in `parts` equal parts, last counts within one. A span has a price: its first rows' codes and
+// scales come late.
 template <class Body>
 void share(const std::vector<Product>& products, std::int64_t parts, int threads, const Body& body) {
     struct Span {
@@ -82,16 +100,22 @@ void share(const std::vector<Product>& products, std::int64_t parts, int threads
         std::int64_t first, last;
     };
     std::vector<Span> spans;
-    std::int64_t work = 0;
+    std::int64_t work = 0, total = 0;
+    for (const Product& product : products) {
+        work += product.count * product.matrix.rows * product.matrix.cols;
+        total += product.matrix.rows * product.matrix.code_row_bytes;
+    }
+    const std::int64_t nbytes = std::clamp(total / (kSpans * std::max(1, threads)), kLeastSpan, kMostSpan);
     for (const Product& product : products) {
         const Matrix& matrix = product.matrix;
-        const std::int64_t rows = matrix.rows / parts, nbytes = std::max<std::int64_t>(1, matrix.code_row_bytes * parts);
-        const std::int64_t step = align(std::max<std::int64_t>(1, kChunkNbytes / nbytes), product.kernel.rows_at_once);
+        const std::int64_t rows = matrix.rows / parts, row_nbytes = std::max<std::int64_t>(1, matrix.code_row_bytes * parts);
+        const std::int64_t step = align(std::max<std::int64_t>(1, nbytes / row_nbytes), product.kernel.rows_at_once);
         for (std::int64_t row = 0; row < rows; row += step) spans.push_back({&product, row, std::min(row + step, rows)});
-        work += product.count * matrix.rows * matrix.cols;
     }
     parallel_for(static_cast<std::int64_t>(spans.size()), work < kWorthSharing ? 1 : threads, [&](std::int64_t item) {
         const Span& span = spans[static_cast<std::size_t>(item)];
+        const Product* next = static_cast<std::size_t>(item) + 1 < spans.size() ? (&span)[1].product : nullptr;
+        if (next != nullptr && next != span.product) fetch_beginning(next->matrix, parts);
         body(*span.product, span.first, span.last);
     });
 }

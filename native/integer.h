@@ -16,8 +16,6 @@
 
 #include "rows.h"
 
-#define GREENROOM_INLINE inline __attribute__((always_inline))
-
 namespace greenroom {
 namespace {
 
@@ -191,9 +189,10 @@ struct Tile {
     }
 };
 
+// begun: offset holds its part of the product, a register a row.
 template <class V, int BITS, int GROUP, int R, int N>
 void integer_tile(const Matrix& matrix, std::int64_t row, const std::uint8_t* const* x, float* const* y,
-                  const float* scale, const float* offset) {
+                  const float* scale, const float* offset, bool begun) {
     using C = Chunk<V, BITS, GROUP>;
     using F = typename V::F;
     const Prepared at(matrix, C::columns);
@@ -203,8 +202,8 @@ void integer_tile(const Matrix& matrix, std::int64_t row, const std::uint8_t* co
                                      matrix.code_row_bytes * R > kAhead ? matrix.code_row_bytes * R : kAhead, scale, x, {}};
     F total[R][N];
     for (int r = 0; r < R; ++r)
-        for (int n = 0; n < N; ++n) total[r][n] = V::zero();
-    for (std::int64_t g = 0; g < matrix.groups; g += V::kWidth)
+        for (int n = 0; n < N; ++n) total[r][n] = N == 1 && begun ? V::load(offset + r * V::kWidth) : V::zero();
+    for (std::int64_t g = 0; !(N == 1 && begun) && g < matrix.groups; g += V::kWidth)
         for (int n = 0; n < N; ++n) {
             const F sums = V::load(reinterpret_cast<const float*>(x[n] + at.sums) + g);
             for (int r = 0; r < R; ++r) total[r][n] = V::fma(V::load(offset + r * groups + g), sums, total[r][n]);
@@ -231,45 +230,57 @@ void integer_rows(const Matrix& matrix, std::int64_t row, const std::uint8_t* co
                   const float* scale, const float* offset) {
     int n = 0;
     constexpr int T = V::tile_vectors;
-    for (; n + T <= count; n += T) integer_tile<V, BITS, GROUP, R, T>(matrix, row, x + n, y + n, scale, offset);
-    for (; n + 4 <= count; n += 4) integer_tile<V, BITS, GROUP, R, 4>(matrix, row, x + n, y + n, scale, offset);
+    for (; n + T <= count; n += T) integer_tile<V, BITS, GROUP, R, T>(matrix, row, x + n, y + n, scale, offset, false);
+    for (; n + 4 <= count; n += 4) integer_tile<V, BITS, GROUP, R, 4>(matrix, row, x + n, y + n, scale, offset, false);
     switch (count - n) {
-        case 1: return integer_tile<V, BITS, GROUP, R, 1>(matrix, row, x + n, y + n, scale, offset);
-        case 2: return integer_tile<V, BITS, GROUP, R, 2>(matrix, row, x + n, y + n, scale, offset);
-        case 3: return integer_tile<V, BITS, GROUP, R, 3>(matrix, row, x + n, y + n, scale, offset);
+        case 1: return integer_tile<V, BITS, GROUP, R, 1>(matrix, row, x + n, y + n, scale, offset, count == 1);
+        case 2: return integer_tile<V, BITS, GROUP, R, 2>(matrix, row, x + n, y + n, scale, offset, false);
+        case 3: return integer_tile<V, BITS, GROUP, R, 3>(matrix, row, x + n, y + n, scale, offset, false);
     }
 }
 
 template <class V, int BITS, int GROUP>
 struct Integer {
     using C = Chunk<V, BITS, GROUP>;
+    using F = typename V::F;
     static constexpr int rows_at_once = 4, most_vectors = 32;
     static constexpr bool for_many = true;
 
     static std::int64_t prepared_nbytes(const Matrix& matrix) { return Prepared(matrix, C::columns).nbytes; }
-    static std::int64_t scratch_floats(const Matrix& matrix) { return 4 * V::tile_rows * padded_groups(matrix); }
+    static std::int64_t scratch_floats(const Matrix& matrix) { return 4 * V::tile_rows * (padded_groups(matrix) + V::kWidth); }
     static void prepare(const Matrix& matrix, const float* x, std::uint8_t* to) {
         prepare_integers<C, V::kBytes, GROUP>(matrix, x, to);
+    }
+    // A row's scales, and its offsets: for a single vector with these sums its part of the product at once.
+    static void decode_row(const Matrix& matrix, std::int64_t row, const float* sums, float* scale, float* offset) {
+        static constexpr Factors<C> factors;
+        const float* factor = C::in_place ? factors.value : nullptr;
+        if (sums == nullptr)
+            return decode_groups<V>(matrix, row, factor, scale, [&](std::int64_t group, F value) { V::store(offset + group, value); });
+        F total = V::zero();
+        decode_groups<V>(matrix, row, factor, scale, [&](std::int64_t group, F value) { total = V::fma(value, V::load(sums + group), total); });
+        V::store(offset, total);
     }
     static void rows(const Matrix& matrix, std::int64_t first, std::int64_t last, const std::uint8_t* const* x,
                      int count, float* const* y, float* scratch) {
         constexpr int R = V::tile_rows;
-        static constexpr Factors<C> factors;
-        const std::int64_t groups = padded_groups(matrix);
+        const std::int64_t groups = padded_groups(matrix), stride = count == 1 ? V::kWidth : groups;
+        const float* sums = reinterpret_cast<const float*>(x[0] + Prepared(matrix, C::columns).sums);
         float *scale = scratch, *offset = scratch + 2 * R * groups;  // of these rows and the next
         int turn = 0;
         const auto decode = [&](std::int64_t row, int slot) {
+            fetch_groups(matrix, row, R);
             for (int r = 0; r < R && row + r < last; ++r)
-                decode_groups<V>(matrix, row + r, factors.value, scale + (slot * R + r) * groups, offset + (slot * R + r) * groups);
+                decode_row(matrix, row + r, count == 1 ? sums : nullptr, scale + (slot * R + r) * groups, offset + (slot * R + r) * stride);
         };
         decode(first, 0);
         for (; first + R <= last; first += R, turn ^= 1) {
             decode(first + R, turn ^ 1);  // early, so that what is stored here is in the cache when it is needed
-            integer_rows<V, BITS, GROUP, R>(matrix, first, x, count, y, scale + turn * R * groups, offset + turn * R * groups);
+            integer_rows<V, BITS, GROUP, R>(matrix, first, x, count, y, scale + turn * R * groups, offset + turn * R * stride);
         }
         for (int r = 0; first < last; ++first, ++r)
             integer_rows<V, BITS, GROUP, 1>(matrix, first, x, count, y, scale + (turn * R + r) * groups,
-                                            offset + (turn * R + r) * groups);
+                                            offset + (turn * R + r) * stride);
     }
 };
 

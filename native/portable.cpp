@@ -25,10 +25,13 @@ struct Portable {
     static F fma(F a, F b, F c) { return a * b + c; }
     static float reduce(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
-    static F from_bytes(const std::uint8_t* p, std::int64_t left) {
-        F found = zero();
-        for (int i = 0; i < 4 && i < left; ++i) found[i] = static_cast<float>(p[i]);
-        return found;
+    static F from_bytes(const std::uint8_t* p) {
+        return F{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+    }
+    static void set_bfloat16(const std::uint8_t* p, bool negative, F* first, F* second) {
+        const float sign = negative ? -1.0f : 1.0f;
+        *first = set1(sign * bfloat16_at(p));
+        *second = set1(sign * bfloat16_at(p + 2));
     }
 
     template <bool FLOAT16>

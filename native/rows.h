@@ -11,6 +11,8 @@
 #include "halves.h"
 #include "matrix.h"
 
+#define GREENROOM_INLINE inline __attribute__((always_inline))
+
 namespace greenroom {
 namespace {
 
@@ -39,26 +41,36 @@ inline void add_block(const typename V::F* weights, const std::uint8_t* const* x
         }
 }
 
-// factor * scale and -scale * zero of every group of a row, up to the last bit. factor: 16 powers of two, repeated every
-// kWidth. What is written past the last group is finite if the others are.
-template <class V>
-void decode_groups(const Matrix& matrix, std::int64_t row, const float* factor, float* scale, float* offset) {
+// Fetches the codes of groups that decode_groups will want.
+inline void fetch_groups(const Matrix& matrix, std::int64_t row, int rows) {
+    const std::int64_t first = row * matrix.groups + kGroupsAhead;
+    for (std::int64_t byte = 0; byte < rows * matrix.groups; byte += 64) {
+        __builtin_prefetch(matrix.scale_codes + first + byte);
+        __builtin_prefetch(matrix.zero_codes + first + byte);
+    }
+}
+
+// factor * scale of every group of a row, and -scale * zero, up to the last bit, for take(group, kWidth of them). factor:
+// 16 powers of two, repeated every kWidth, and their inverses; or null. Reads a vector's width of codes, of which a
+// matrix has enough behind its last (row_params), and what is made of those past the last group is finite.
+template <class V, class Take>
+GREENROOM_INLINE void decode_groups(const Matrix& matrix, std::int64_t row, const float* factor, float* scale, const Take& take) {
     const std::uint8_t* params = matrix.row_params + row * 8;
-    const auto factors = V::load(factor), inverse = V::load(factor + 16);
-    const auto scale_min = V::mul(V::set1(bfloat16_at(params)), factors);
-    const auto scale_step = V::mul(V::set1(bfloat16_at(params + 2)), factors);
-    const auto zero_min = V::mul(V::set1(-bfloat16_at(params + 4)), inverse);
-    const auto zero_step = V::mul(V::set1(-bfloat16_at(params + 6)), inverse);
+    typename V::F scale_min, scale_step, zero_min, zero_step;
+    V::set_bfloat16(params, false, &scale_min, &scale_step);
+    V::set_bfloat16(params + 4, true, &zero_min, &zero_step);
+    if (factor) {
+        const auto factors = V::load(factor), inverse = V::load(factor + 16);
+        scale_min = V::mul(scale_min, factors), scale_step = V::mul(scale_step, factors);
+        zero_min = V::mul(zero_min, inverse), zero_step = V::mul(zero_step, inverse);
+    }
     const std::uint8_t* scale_codes = matrix.scale_codes + row * matrix.groups;
     const std::uint8_t* zero_codes = matrix.zero_codes + row * matrix.groups;
     for (std::int64_t group = 0; group < matrix.groups; group += V::kWidth) {
-        const std::int64_t left = matrix.groups - group;
-        __builtin_prefetch(scale_codes + group + kGroupsAhead);
-        __builtin_prefetch(zero_codes + group + kGroupsAhead);
-        const auto s = V::fma(scale_step, V::from_bytes(scale_codes + group, left), scale_min);
-        const auto z = V::fma(zero_step, V::from_bytes(zero_codes + group, left), zero_min);
+        const auto s = V::fma(scale_step, V::from_bytes(scale_codes + group), scale_min);
+        const auto z = V::fma(zero_step, V::from_bytes(zero_codes + group), zero_min);
         V::store(scale + group, s);
-        V::store(offset + group, V::mul(s, z));
+        take(group, V::mul(s, z));
     }
 }
 
@@ -115,9 +127,6 @@ void row_of(const Matrix& matrix, std::int64_t row, const std::uint8_t* const* x
     }
 }
 
-constexpr float kOnes[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-                             1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-
 // The functions of an Isa for matrices of BITS bits; a prepared vector is the vector, with zeros up to a whole block.
 template <class V, int BITS>
 struct Float {
@@ -136,7 +145,11 @@ struct Float {
                      int count, float* const* y, float* scratch) {
         float *scale = scratch, *offset = scratch + padded_groups(matrix);
         for (std::int64_t row = first; row < last; ++row) {
-            if constexpr (BITS != 16) decode_groups<V>(matrix, row, kOnes, scale, offset);
+            if constexpr (BITS != 16) {
+                if ((row - first) % kTile == 0) fetch_groups(matrix, row, kTile);
+                decode_groups<V>(matrix, row, nullptr, scale,
+                                 [&](std::int64_t group, typename V::F value) { V::store(offset + group, value); });
+            }
             for (int v = 0; v < count; v += kTile) switch (count - v) {
                     case 1: row_of<V, BITS, 1>(matrix, row, x + v, y + v, scale, offset); break;
                     case 2: row_of<V, BITS, 2>(matrix, row, x + v, y + v, scale, offset); break;

@@ -162,7 +162,8 @@ void turn_groups(const Matrix& matrix, std::int64_t row, int rows, float* scale,
     const std::int64_t stride = padded_groups(matrix);
     for (int first = 0; first < kTileRows; first += W) {
         for (int r = 0; r < W; ++r)  // what is not there repeats what is; its codes are zeros, its result is not stored
-            decode_groups<V>(matrix, row + (first + r < rows ? first + r : 0), kOnes, scratch + r * stride, scratch + (W + r) * stride);
+            decode_groups<V>(matrix, row + (first + r < rows ? first + r : 0), nullptr, scratch + r * stride,
+                             [&](std::int64_t group, typename V::F value) { V::store(scratch + (W + r) * stride + group, value); });
         for (std::int64_t group = 0; group < matrix.groups; group += W)
             for (int which = 0; which < 2; ++which) {
                 typename V::I values[W];
