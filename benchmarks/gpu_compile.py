@@ -23,8 +23,7 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from greenroom.kernels import device
-from greenroom.kernels.gpu import matrix, pairs, vector
+from greenroom.kernels.gpu import launch, matrix, pairs, vector
 
 _POINTERS = {
     "arena": "*u8", "slots": "*i32", "tasks": "*i32", "vectors": "*i32", "places": "*i32", "table": "*i32",
@@ -62,14 +61,14 @@ class Found:
 
 
 def cases(every: bool) -> "Iterator[Case]":
-    """The kernels as `kernels.device` calls them; with `every`, for all widths and forms."""
+    """The kernels as `kernels.gpu.launch` calls them; with `every`, for all widths and forms."""
     formats = [(4, 64), (3, 64), (2, 16), (8, 64), (16, 0)] if every else [(4, 64), (3, 64), (2, 16)]
     for bits, group in formats:
         shape = {"BITS": bits, "GROUP": group, "IS_FLOAT16": False, "BIAS": False, "BIAS_IS_FLOAT16": False}
         columns = {16: 8, 8: 16, 4: 32}.get(bits, 64)  # of a chunk
-        for rows in (device._ROWS, device._ROWS // 2) if bits != 3 else (device._ROWS // 2,):
+        for rows in (launch.ROWS, launch.ROWS // 2) if bits != 3 else (launch.ROWS // 2,):
             for kind, out in (("silu_and_mul", bits), ("identity", 0)):
-                constants = {**shape, "ROWS": rows, "OUT_BITS": out, **device._gate(kind)}
+                constants = {**shape, "ROWS": rows, "OUT_BITS": out, **launch.gate_of(kind)}
                 yield Case(
                     f"vector {bits}g{group} {rows} rows {kind}", vector.products, constants, 1, rows * columns,
                     {"x": "*fp32"},
@@ -77,14 +76,14 @@ def cases(every: bool) -> "Iterator[Case]":
         decode = {"tasks": None, "vectors": None, "K": 8, "KS": 8}
         prompt = {"slots": None, "K": 1, "KS": 1}
         for block, call in ((16, decode), (64, prompt)):
-            tile = {"BM": block, "BN": device._COLUMNS, "UNITS": device._UNITS}
-            constants = {**shape, **call, **tile, **device._gate("silu_and_mul")}
+            tile = {"BM": block, "BN": launch.COLUMNS, "UNITS": launch.UNITS}
+            constants = {**shape, **call, **tile, **launch.gate_of("silu_and_mul")}
             yield Case(
                 f"matrix {bits}g{group} {block} vectors", matrix.products, constants,
                 types={"out": "*fp16"}, since=75 if block == 16 else 80,
             )  # fmt: skip
         if bits != 16:
-            constants = {"BITS": bits, "GROUP": group, "BN": device._COLUMNS, "UNITS": device._UNITS}
+            constants = {"BITS": bits, "GROUP": group, "BN": launch.COLUMNS, "UNITS": launch.UNITS}
             yield Case(f"dequantised {bits}g{group}", matrix.dequantised, constants, types={"out": "*fp16"})
     yield Case("arrange", vector.arrange, {"BITS": 3, "BLOCK": 256})
     yield Case("combine", pairs.combine, {"K": 8, "OWN": True, "BLOCK": 256})

@@ -63,15 +63,17 @@ def routes(tokens: int, top_k: int, experts: int, calls: int, layers: int, on: t
 
 @contextlib.contextmanager
 def setting(**values: Any) -> "Iterator[None]":
-    """Constants of `kernels.device` set to other values for a while."""
-    before = {name: getattr(device, name) for name in values}
+    """Constants of `kernels.gpu.launch` set to other values for a while."""
+    from greenroom.kernels.gpu import launch  # needs triton, which only a GPU's user has
+
+    before = {name: getattr(launch, name) for name in values}
     try:
         for name, value in values.items():
-            setattr(device, name, value)
+            setattr(launch, name, value)
         yield
     finally:
         for name, value in before.items():
-            setattr(device, name, value)
+            setattr(launch, name, value)
 
 
 def decode(
@@ -95,9 +97,9 @@ def decode(
     weights = torch.rand(tokens, model.top_k, device=on)
     values: dict[str, Any] = {}
     if variant in ("apart", "together"):
-        values = {"_FEW_TOKENS": 16 if variant == "apart" else 0}
+        values = {"FEW_TOKENS": 16 if variant == "apart" else 0}
     elif variant:
-        values = {"_ROWS": int(variant.split()[1])}
+        values = {"ROWS": int(variant.split()[1])}
     with setting(**values):
         seconds = clock.seconds(
             [lambda slots=slots: device.token(x, memory, slots, weights, its, "silu_and_mul") for slots in calls]

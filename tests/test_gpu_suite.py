@@ -15,6 +15,7 @@ from benchmarks import gpu_check, gpu_kernels, gpu_peers, gpu_suite
 from benchmarks.kernels import Model
 
 from greenroom.kernels import device
+from greenroom.kernels.gpu import launch
 from greenroom.quant import Format
 
 CPU = torch.device("cpu")
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.skipif(bool(device.unusable("cpu")), reason=device.unus
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's cost is per program."""
-    monkeypatch.setattr(device, "_ROWS", 64)
-    monkeypatch.setattr(device, "_BLOCK", 4096)
+    monkeypatch.setattr(launch, "ROWS", 64)
+    monkeypatch.setattr(launch, "BLOCK", 4096)
 
 
 class OnceClock:
@@ -50,9 +51,9 @@ def test_floors() -> None:
 
 @pytest.mark.parametrize("variant,tokens", [("", 1), ("together", 2), ("rows 32", 1)])
 def test_decode(variant: str, tokens: int) -> None:
-    before = device._FEW_TOKENS, device._ROWS
+    before = launch.FEW_TOKENS, launch.ROWS
     line = gpu_kernels.decode(OnceClock(), CPU, 10.0, TINY, Format.of(4), tokens, 1, variant)
-    assert before == (device._FEW_TOKENS, device._ROWS)
+    assert before == (launch.FEW_TOKENS, launch.ROWS)
     its = gpu_kernels.arena(TINY, Format.of(4), 1, CPU)[1]
     routes = gpu_kernels.routes(tokens, 2, 4, 8, 1, CPU)
     each = sum(len(set(slots.flatten().tolist())) for slots in routes) / 8

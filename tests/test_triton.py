@@ -17,6 +17,7 @@ from test_native import FORMATS, distance, layout, record, swiglu, vectors, weig
 pytest.importorskip("triton", reason="triton is not installed")
 
 from greenroom.kernels import device, products
+from greenroom.kernels.gpu import launch
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(bool(device.unusable(ON)), reason=device.unusable(ON))
@@ -32,9 +33,9 @@ K = 3
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's cost is per program."""
     if ON == "cpu":
-        monkeypatch.setattr(device, "_ROWS", 64)
-        monkeypatch.setattr(device, "_FEW_TOKENS", 1)
-        monkeypatch.setattr(device, "_BLOCK", 4096)
+        monkeypatch.setattr(launch, "ROWS", 64)
+        monkeypatch.setattr(launch, "FEW_TOKENS", 1)
+        monkeypatch.setattr(launch, "BLOCK", 4096)
 
 
 def gate_of(kind: str, inner: int) -> Activation:

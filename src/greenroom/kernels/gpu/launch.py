@@ -1,0 +1,238 @@
+"""How the Triton kernels are launched: grids, the constants that tune them, and what they want to know of a matrix."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+import triton
+
+from greenroom.kernels.gpu import MOST_TOKENS
+from greenroom.kernels.gpu import matrix as _matrix
+from greenroom.kernels.gpu import pairs as _pairs
+from greenroom.kernels.gpu import vector as _vector
+from greenroom.packed import RecordTensor
+from greenroom.quant import Layout
+
+FEW_TOKENS = 4
+"""Up to so many, vectors are multiplied one by one: three or four cost the instructions of sixteen together."""
+_ONE = 0x3F800000
+"""1.0 as bits, handed over at run time so that compilers keep it in a register."""
+ROWS = 8
+"""Rows that a warp multiplies at once; half of them where that leaves multiprocessors idle."""
+BLOCKS = (16, 32, 64)
+"""Vectors that the matrix units take at once."""
+COLUMNS = 64
+"""Rows of a matrix, columns of its result, that one program of these computes."""
+UNITS = 2
+"""Units of 16 columns that it dequantises at a time."""
+BLOCK = 256
+"""Columns that one program of the small kernels handles."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sharing:
+    """Pairs of a few tokens, found out on the device: the pairs of a slot are computed together."""
+
+    slots: torch.Tensor
+    tokens: int
+    top_k: int
+
+    def arguments(self, per_vector: int) -> "dict[str, Any]":
+        """What `matrix.products` wants to know; per_vector: pairs that share a vector of its input."""
+        return {
+            "slots": self.slots, "tasks": None, "vectors": None, "tokens": self.tokens, "per_vector": per_vector,
+            "K": self.top_k, "KS": triton.next_power_of_2(self.top_k), "BM": MOST_TOKENS,
+        }  # fmt: skip
+
+    @property
+    def programs(self) -> int:
+        """The second dimension of the grid."""
+        return self.tokens * self.top_k
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tasks:
+    """Work cut on the host: int32 [n, 3], a slot and up to `block` pairs each; and each pair's vector, or its own."""
+
+    table: torch.Tensor
+    vectors: "torch.Tensor | None"
+    block: int
+
+    def arguments(self, per_vector: int) -> "dict[str, Any]":
+        """As `Sharing`'s."""
+        own = per_vector == 1
+        return {
+            "slots": None, "tasks": self.table, "vectors": None if own else self.vectors, "tokens": 0,
+            "per_vector": 1, "K": 1, "KS": 1, "BM": self.block,
+        }  # fmt: skip
+
+    @property
+    def programs(self) -> int:
+        """The second dimension of the grid."""
+        return len(self.table)
+
+
+def arranged(x: torch.Tensor, matrix: RecordTensor) -> torch.Tensor:
+    """float32 [n, width]: vectors x [n, cols] as the vector kernel reads them."""
+    bits = matrix.format.bits
+    out = torch.empty((len(x), width(matrix.cols, bits)), dtype=torch.float32, device=x.device)
+    grid = (len(x), triton.cdiv(out.shape[1], BLOCK))
+    _vector.arrange[grid](x.contiguous(), out, matrix.cols, out.shape[1], BITS=bits, BLOCK=BLOCK)
+    return out
+
+
+def vectors(
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    slots: "torch.Tensor | None",
+    per_vector: int,
+    matrix: RecordTensor,
+    bias: "RecordTensor | None",
+    gate: "dict[str, Any]",
+    out: torch.Tensor,
+    after: "RecordTensor | None",
+) -> None:
+    """Arranged vectors x times each pair's matrix: out [pairs, …], arranged for the matrix `after` if there is one."""
+    outputs = matrix.rows if gate["FORM"] == "alone" else matrix.rows // 2
+    warps = len(out) * triton.cdiv(matrix.rows, ROWS)
+    few_registers = matrix.format.bits != 3
+    rows = ROWS if warps >= _enough(x.device) and few_registers else ROWS // 2
+    _vector.products[(len(out), triton.cdiv(matrix.rows, rows))](
+        x,
+        arena,
+        None if slots is None else slots.contiguous(),
+        out,
+        arena.stride(0) if slots is not None else 0,
+        matrix.offset,
+        bias.offset if bias else 0,
+        per_vector,
+        x.shape[1],
+        out.shape[1],
+        matrix.rows,
+        outputs,
+        **parts_of(matrix),
+        one=_ONE,
+        ROWS=rows,
+        BIAS=bias is not None,
+        BIAS_IS_FLOAT16=bias is not None and bias.format.dtype == "float16",
+        OUT_BITS=after.format.bits if after else 0,
+        **gate,
+        num_warps=1,
+    )
+
+
+def matrices(
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    work: "Sharing | Tasks",
+    per_vector: int,
+    matrix: RecordTensor,
+    bias: "RecordTensor | None",
+    gate: "dict[str, Any]",
+    out: torch.Tensor,
+) -> None:
+    """Vectors x [n, cols] times each pair's matrix: out [pairs, outputs]."""
+    _matrix.products[(triton.cdiv(matrix.rows, COLUMNS), work.programs)](
+        x=x,
+        arena=arena,
+        out=out,
+        record_nbytes=arena.stride(0) if arena.dim() == 2 else 0,
+        offset=matrix.offset,
+        bias=bias.offset if bias else 0,
+        cols=matrix.cols,
+        matrix_rows=matrix.rows,
+        outputs=out.shape[1],
+        **work.arguments(per_vector),
+        **parts_of(matrix),
+        BIAS=bias is not None,
+        BIAS_IS_FLOAT16=bias is not None and bias.format.dtype == "float16",
+        BN=COLUMNS,
+        UNITS=UNITS,
+        **gate,
+        num_warps=4,
+    )
+
+
+def weighted_sum(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, own: bool) -> torch.Tensor:
+    """float32 [T, H]: Σ_j weights[t, j] · a row of `rows` [P, H], where places [T, k] is not −1.
+
+    own: the row is the pair's own, t·k + j; else the one that places[t, j] names.
+    """
+    tokens, top_k = places.shape
+    out = torch.empty((tokens, rows.shape[1]), dtype=torch.float32, device=rows.device)
+    grid = (tokens, triton.cdiv(rows.shape[1], BLOCK))
+    _pairs.combine[grid](
+        rows, places.contiguous(), weights.contiguous(), out, rows.shape[1], K=top_k, OWN=own, BLOCK=BLOCK
+    )
+    return out
+
+
+def multiplied(x: torch.Tensor) -> torch.Tensor:
+    """x in a dtype that the device's matrix units take, or in float32."""
+    if x.dtype == torch.bfloat16 and not has_matrix_units(x.device):
+        return x.to(torch.float32)
+    return x.contiguous()
+
+
+def vectors_at_once(vectors: int, device: torch.device) -> int:
+    """How many of so many vectors of an expert are multiplied at once."""
+    sizes = BLOCKS if has_matrix_units(device) else BLOCKS[:1]
+    return next((size for size in sizes if size >= vectors), sizes[-1])
+
+
+@functools.cache
+def has_matrix_units(device: torch.device) -> bool:
+    """That Triton multiplies bfloat16 with, too: not before Ampere, and not in the interpreter."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def fits_vectors(matrix: RecordTensor) -> bool:
+    """Whether a warp's 16-byte reads meet whole rows."""
+    return matrix.format.bits != 16 or matrix.cols % 8 == 0
+
+
+@functools.lru_cache(maxsize=256)
+def parts_of(matrix: RecordTensor) -> "dict[str, Any]":
+    """Where the parts of a packed matrix lie, for the kernels."""
+    shape = Layout(matrix.rows, matrix.cols, matrix.format)
+    return {
+        "scale_codes": shape.scale_codes,
+        "zero_codes": shape.zero_codes,
+        "params": shape.row_params,
+        "groups": shape.groups,
+        "chunks": shape.code_row_bytes // (24 if matrix.format.bits == 3 else 16),
+        "BITS": matrix.format.bits,
+        "GROUP": matrix.format.group_size,
+        "IS_FLOAT16": matrix.format.dtype == "float16",
+    }
+
+
+def width(cols: int, bits: int) -> int:
+    """Columns of an arranged vector: whole tiles of 32 chunks."""
+    tile = 32 * {2: 64, 3: 64, 4: 32, 8: 16, 16: 8}[bits]
+    return -(-cols // tile) * tile
+
+
+@functools.cache
+def _enough(device: torch.device) -> int:
+    """Warps that keep a device's multiprocessors busy."""
+    if device.type == "cpu":
+        return 0
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def gate_of(kind: str) -> "dict[str, Any]":
+    """See `Activation.kind`; "identity" too."""
+    name, *numbers = kind.split(":")
+    made = {"FORM": "alone", "FUNCTION": name, "ALPHA": 1.0, "LIMIT": 0.0, "PLUS": 0.0}
+    if name == "clamped_silu_and_mul":
+        made |= {"FORM": "halves", "FUNCTION": "silu", "LIMIT": float(numbers[0])}
+    elif name.startswith("swigluoai"):
+        alpha, limit = map(float, numbers)
+        form = "turns" if name.endswith("interleaved") else "halves"
+        made |= {"FORM": form, "FUNCTION": "silu", "ALPHA": alpha, "LIMIT": limit, "PLUS": 1.0}
+    elif name.endswith("_and_mul"):
+        made |= {"FORM": "halves", "FUNCTION": name.removesuffix("_and_mul")}
+    return made
