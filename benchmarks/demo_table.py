@@ -19,7 +19,7 @@ SETTINGS: "dict[str, list[str]]" = {
     "no expert kept": ["--experts-per-layer", "0"],
     "a third, learned (the default)": [],
     "a third, learned, `--prefetch 1`": ["--prefetch", "1"],
-    "a third, LRU (the paper's)": ["--policy", "lru"],
+    "a third, LRU (the paper's)": ["--policy", "lru", "--prefetch", "0"],
     "a third, LRU, `--prefetch 1`": ["--policy", "lru", "--prefetch", "1"],
     "a third, decayed frequency": ["--policy", "lfu"],
     "a third, one LRU pool": ["--policy", "lru-shared"],

@@ -232,6 +232,17 @@ std::vector<float> Decoder::shares() const {
     return out;
 }
 
+std::vector<int> Decoder::foresee(std::size_t layer, int count, int threads) {
+    const DecoderLayer& it = layers_.at(layer);
+    if (!it.router) return {};
+    const std::int64_t experts = it.router->weights.shape.rows;
+    float* logits = sized(a_, experts + width_);
+    float* seen = logits + experts;
+    normalize(it.before_mlp, hidden_, width_, seen);
+    multiply(it.router->weights, seen, logits, threads);
+    return ranked(*it.router, logits, count);
+}
+
 void Decoder::shared(std::size_t layer, int threads) {
     const DecoderLayer& it = layers_.at(layer);
     if (it.router && it.mlp) mlp(*it.mlp, shared_.data(), threads);

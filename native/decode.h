@@ -29,6 +29,9 @@ public:
     // What the router that chose last thinks of all its experts, as shares of 1 that float16 can hold: the softmax of
     // its logits, or, where a correction ranks, their sigmoids over their sum.
     std::vector<float> shares() const;
+    // What a later layer's router would choose first if nothing were added to the residual stream until there: up to
+    // `count` experts, likeliest first. To be called between `attend` and `combine`.
+    std::vector<int> foresee(std::size_t layer, int count, int threads);
     // The layer's shared MLP, if it has one, while experts are on their way.
     void shared(std::size_t layer, int threads);
     // hidden += sum of weights[e] * outputs[e] in order, plus what `shared` computed. outputs: [n, width]

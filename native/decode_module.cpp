@@ -230,6 +230,10 @@ void bind_decoder(nb::module_& module) {
                 std::uintptr_t normed) { new (it) Decoder(decoder_of(std::move(layers), width, hidden, normed)); })
         .def("attend", &attend)
         .def("shares", &Decoder::shares)
+        .def("foresee", [](Decoder& it, std::size_t layer, int count, int threads) {
+            check(layer < it.layers().size() && count >= 0, "no such layer, or no such number of experts");
+            return it.foresee(layer, count, threads);
+        })
         .def("shared", &Decoder::shared, nb::call_guard<nb::gil_scoped_release>())
         .def("combine", [](Decoder& it, std::size_t layer, std::uintptr_t outputs, const std::vector<float>& weights) {
             check(layer < it.layers().size(), "no such layer");

@@ -51,6 +51,20 @@ void keep_groups(const Router& it, std::vector<float>& choice) {
         if (!kept[i / static_cast<std::size_t>(size)]) choice[i] = -INFINITY;
 }
 
+// Makes scores of logits; gives what experts are chosen by.
+std::vector<float> preferences(const Router& it, float* logits) {
+    const int experts = static_cast<int>(it.weights.shape.rows);
+    if (it.scores == Router::Scores::softmax) softmax(logits, experts);
+    if (it.scores == Router::Scores::sigmoid)
+        for (int i = 0; i < experts; ++i) logits[i] = sigmoid(logits[i]);
+
+    std::vector<float> choice(logits, logits + experts);
+    if (it.correction != nullptr)
+        for (int i = 0; i < experts; ++i) choice[static_cast<std::size_t>(i)] += it.correction[i];
+    if (it.groups > 1) keep_groups(it, choice);
+    return choice;
+}
+
 }  // namespace
 
 void normalize(const Norm& norm, const float* x, std::int64_t count, float* out) {
@@ -92,16 +106,7 @@ void rotate(Rotation rotation, float* x, int dim, const float* cosine, const flo
 }
 
 Chosen choose(const Router& it, float* logits) {
-    const int experts = static_cast<int>(it.weights.shape.rows);
-    if (it.scores == Router::Scores::softmax) softmax(logits, experts);
-    if (it.scores == Router::Scores::sigmoid)
-        for (int i = 0; i < experts; ++i) logits[i] = sigmoid(logits[i]);
-
-    std::vector<float> choice(logits, logits + experts);
-    if (it.correction != nullptr)
-        for (int i = 0; i < experts; ++i) choice[static_cast<std::size_t>(i)] += it.correction[i];
-    if (it.groups > 1) keep_groups(it, choice);
-    Chosen chosen{largest(choice.data(), experts, it.top_k), {}};
+    Chosen chosen{ranked(it, logits, it.top_k), {}};
     std::sort(chosen.experts.begin(), chosen.experts.end());
 
     for (int expert : chosen.experts) chosen.weights.push_back(logits[expert]);
@@ -110,6 +115,11 @@ Chosen choose(const Router& it, float* logits) {
     for (float weight : chosen.weights) sum += weight;
     for (float& weight : chosen.weights) weight = (it.normalize ? weight / sum : weight) * it.scale;
     return chosen;
+}
+
+std::vector<int> ranked(const Router& it, float* logits, int count) {
+    const int experts = static_cast<int>(it.weights.shape.rows);
+    return largest(preferences(it, logits).data(), experts, std::min(count, experts));
 }
 
 float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }

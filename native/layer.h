@@ -102,6 +102,9 @@ void rotate(Rotation rotation, float* x, int dim, const float* cosine, const flo
 // A token's experts from the router's logits [experts], which become scores.
 Chosen choose(const Router& it, float* logits);
 
+// As many experts as there are, but at most `count`, likeliest first; logits become scores.
+std::vector<int> ranked(const Router& it, float* logits, int count);
+
 float sigmoid(float x);
 void softmax(float* x, std::int64_t count);
 

@@ -1,5 +1,6 @@
 """The pure cache core: invariants under any order of events, policies, and replay."""
 
+import dataclasses
 import random
 
 import pytest
@@ -142,6 +143,39 @@ def test_guesses_wait_for_demand_and_take_no_slot():
     loads = cache.issue()
     assert [load.key for load in loads if not load.speculative] == [(1, 5)]
     assert cache.counters.prefetched == 1 and cache.counters.misses == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(scenarios())
+def test_a_hit_in_one_step_is_an_access_in_all_its_steps(scenario):
+    """Guesses may be queued, read or held meanwhile: what follows is the same."""
+    capacities, staging, policy, requests, _ = scenario
+    states = []
+    for at_once in (False, True):
+        cache, seen = make(capacities, staging, policy), []
+        for layer, experts, guesses in requests:
+            buffers = cache.hit(layer, experts, experts) if at_once else None
+            if buffers is None:
+                cache.request(layer, experts)
+                waiting = list(experts)
+                while waiting:
+                    cache.issue()
+                    for buffer in cache.reading:
+                        cache.loaded(buffer)
+                    for expert in [one for one in waiting if cache.ready(layer, one) is not None]:
+                        cache.release(layer, expert)
+                        waiting.remove(expert)
+                cache.finish()
+            cache.issue()
+            for buffer in cache.reading:
+                cache.loaded(buffer)
+            cache.guess((layer + 1) % LAYERS, guesses)
+            for number, load in enumerate(cache.issue()):
+                if number % 2 == 0:
+                    cache.loaded(load.buffer)
+            seen.append({(at, one) for at in range(LAYERS) for one in range(EXPERTS) if cache.holds(at, one)})
+        states.append((seen, dataclasses.astuple(cache.counters)))
+    assert states[0] == states[1]
 
 
 def test_late_guess_is_not_read_twice():

@@ -20,6 +20,7 @@ from greenroom.engine import Engine
 from greenroom.kernels import native
 from greenroom.model import routers
 from greenroom.packed import PackedModel
+from greenroom.prefetch import Foresight
 from test_families import case_of, distance
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension is not built")
@@ -221,6 +222,33 @@ def test_a_compiled_router_thinks_what_its_gate_thinks(name: str) -> None:
             assert torch.equal(got.half().float(), got), "a trace could not hold it"
             assert torch.allclose(got, want, atol=1e-3, rtol=1e-2)
             assert not torch.allclose(got.flip(0), want, atol=1e-3, rtol=1e-2), "control"
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_compiled_router_foresees_what_its_gate_would(name: str) -> None:
+    with running(case_of(name).pack(16)) as engine:
+        gates, serve, found = routers(engine.model, engine.packed), engine.decode._serve, []
+
+        def noted(layer: int, module: Any, x: torch.Tensor, experts: "list[int]", *others: Any) -> None:
+            foresee, count = others[-1], gates[layer].weight.shape[0]
+            assert sorted(foresee(layer, len(experts))) == experts, "its own choice is not foreseen"
+            if layer + 1 < len(gates):
+                found.append((layer + 1, x.clone(), len(experts), foresee(layer + 1, count)))
+            serve(layer, module, x, experts, *others)
+
+        engine.decode._serve = noted
+        decoded(engine.model)
+        assert engine.decode.steps == len(FORCED) and len(found) >= len(FORCED) * (len(gates) - 1) > 0
+        foresight = Foresight(gates)
+        for layer, x, top_k, ranked in found:
+            scores = gates[layer].scores(foresight(layer - 1, layer, x))[0].float()
+            assert len(set(ranked)) == len(ranked) == len(scores)
+            ordered = scores[ranked[:top_k]]  # groups that are not chosen come last, in any order
+            slack = 0.02 * float(scores.max() - scores.min())
+            assert (ordered.diff() <= slack).all()
+            if not engine.model.config.to_dict().get("n_group"):
+                assert (scores.topk(top_k).values - ordered).abs().max() <= slack
+                assert (scores.topk(top_k).values - scores[ranked[::-1][:top_k]]).abs().max() > slack, "control"
 
 
 # --- the proof

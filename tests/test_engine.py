@@ -273,6 +273,17 @@ def test_with_a_slot_for_all_nothing_is_read_twice(packed4: PackedModel, engines
     assert engine.metrics().bytes_read == sum(records)
 
 
+@pytest.mark.parametrize("slots,most", [(EXPERTS, 0), (1, 8)])
+def test_guessing_is_automatic_where_something_is_missing(
+    packed4: PackedModel, engines: Engines, slots: int, most: int
+) -> None:
+    engine = engines(packed4, experts_per_layer=slots, prefetch=None)
+    logits_of(engine.model)
+    assert engine.runner.speculation.most == most
+    assert ("guess" in engine.placement()) == bool(most)
+    assert engines(packed4, experts_per_layer=slots, prefetch=0).placement() == ""
+
+
 @pytest.mark.parametrize("staging", [1, 2, 4])
 def test_guesses_never_exceed_the_staging_buffers(
     packed4: PackedModel, engines: Engines, monkeypatch: pytest.MonkeyPatch, staging: int

@@ -40,7 +40,8 @@ class EngineSettings:
     slots per layer (the paper's k); overrides what `ram` would give. `expert_budget`: bytes for slots alone, shared by
     all layers. `policy`: an eviction policy, per layer, or over all layers at once with the suffix `-shared`.
     `staging`: buffers beside the slots, for guesses and for experts that get no slot (the paper's b); None for as many
-    as keep the readers busy. `prefetch`: experts guessed per token and layer ahead; `lookahead`: how many layers ahead.
+    as keep the readers busy. `prefetch`: experts guessed at most per token and layer ahead, loaded where that pays;
+    None for guesses on the CPU, where experts are missing, and none on a GPU. `lookahead`: how many layers ahead.
     `context`: tokens of KV cache to reserve memory for; `prompt_chunk`: the most tokens of a prompt that go through the
     model at once, whose activations are reserved. `reserve`: bytes that whoever runs the model takes for its own work,
     counted with the working set. `readers`: reads in flight.
@@ -53,7 +54,7 @@ class EngineSettings:
     policy: str = "learned"
     staging: "int | None" = None
     cpu_experts: bool = True
-    prefetch: int = 0
+    prefetch: "int | None" = None
     lookahead: int = 1
     context: int = 2048
     prompt_chunk: int = 512

@@ -21,7 +21,6 @@ from greenroom.metrics import Stopwatch
 from greenroom.packed import ExpertsEntry
 from greenroom.placement import Placement
 from greenroom.runner import Call, ExpertRunner, Shares, activation_of
-from greenroom.speculation import Speculation
 from greenroom.tiers import DeviceArena, SlotTable, TierTransfer
 
 MOST_TOKENS = 16
@@ -116,8 +115,7 @@ class DeviceRunner(ExpertRunner):
         self._ahead: list[AheadCall] | None = None
         most = max(entry.num_experts for entry in self._entries)
         self._table = SlotTable(len(self._entries), most, device.place)
-        self.speculation = Speculation(self._prefetcher.experts)
-        self._since: tuple[float, float] | None = None  # the clock after the last guess, what the link had to do then
+        self._clock = device.clock
 
     @contextlib.contextmanager
     def going(self, ahead: bool) -> "Iterator[list[AheadCall]]":
@@ -201,35 +199,16 @@ class DeviceRunner(ExpertRunner):
         return DeviceCall(self._entries[layer], x, top_k_weights, (index, weights, shares, host_x))
 
     def _ask(self, layer: int, experts: "list[int]", valued: "list[int]", shares: "Shares | None") -> None:
-        self._learn(layer, experts)
         access = self._cache.request(layer, experts, valued, shares)
         missing = {expert for _, expert in access.misses}
         self._here = self._leave_in_ram(layer, [e for e in valued if e in missing]) if self._choose else []
         self._start_loads()
 
     def _learn(self, layer: int, experts: "list[int]") -> None:
-        """What the link did since the last layer, and which guesses came true."""
-        link, nbytes = self._transfer.link, self._entries[layer].record_nbytes
-        for rate in link.new_rates():
-            self.placement.moving_took(rate * nbytes)
-        self.speculation.requested(layer, experts)
-        if self._since is not None and link.seconds_per_byte is not None:
-            start_s, queued_s = self._since
-            idle_s = max(self._device.clock() - start_s - queued_s, 0.0)
-            self.speculation.link_was(idle_s, link.seconds_per_byte * nbytes)
-        self._since = None
-
-    def _guess(self, layer: int, x: torch.Tensor, top_k: int, prompt: bool) -> None:
-        if prompt or len(x) > 1:
-            super()._guess(layer, x, top_k, prompt)
-            return
-        if self.speculation.watches():
-            count = self.speculation.count()
-            for ahead, experts in self._prefetcher.guess(layer, x, top_k, prompt):
-                self.speculation.guessed(ahead, experts)
-                self._cache.guess(ahead, experts[:count])
-            self._since = self._device.clock(), self._transfer.link.queued_s
-            self._start_loads()
+        """The same, and how long experts took over the link."""
+        for rate in self._transfer.link.new_rates():
+            self.placement.moving_took(rate * self._entries[layer].record_nbytes)
+        super()._learn(layer, experts)
 
     def _leave_in_ram(self, layer: int, missing: "list[int]") -> "list[int]":
         """The experts of `missing`, least valuable first, that the CPU computes; they are not loaded, but for one where

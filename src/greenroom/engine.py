@@ -24,7 +24,7 @@ from greenroom.metrics import Metrics, process_memory
 from greenroom.model import build, routers
 from greenroom.packed import PackedModel
 from greenroom.placement import Placement
-from greenroom.prefetch import Prefetcher
+from greenroom.prefetch import AUTOMATIC, Prefetcher
 from greenroom.runner import ExpertRunner
 from greenroom.sizes import format_bytes
 from greenroom.store import Arena, DiskStore, Store
@@ -156,14 +156,26 @@ class Engine:
             "transfer": self._transfer,
             "curve": self.curve,
             "routers": gates,
-            "prefetcher": Prefetcher(gates, settings.prefetch, settings.lookahead, self.plan.staging_buffers),
+            "prefetcher": Prefetcher(gates, self._guesses(), settings.lookahead, self.plan.staging_buffers),
         }
+
+    def _guesses(self) -> int:
+        """How many experts to guess at most."""
+        if self.settings.prefetch is not None:
+            return self.settings.prefetch
+        # on a device a layer that guesses is not captured
+        fits = all(capacity >= self._everything() for capacity in self.plan.capacities)
+        return AUTOMATIC if self.device is None and not fits else 0
 
     def _policy(self, name: str) -> "Callable[[int], EvictionPolicy]":
         """The policy, or a cheap one where there is room for all: then nothing is ever evicted."""
-        counts = self.plan.experts
-        everything = sum(counts) if len(self.plan.capacities) == 1 < len(counts) else max(counts)
+        everything = self._everything()
         return lambda capacity: POLICIES["lru" if capacity >= everything else name](capacity)
+
+    def _everything(self) -> int:
+        """Slots that a group needs to hold all that it may be asked for."""
+        counts = self.plan.experts
+        return sum(counts) if len(self.plan.capacities) == 1 < len(counts) else max(counts)
 
     def _serve(self, layer: int, module: Any, x: Any, top_k_index: Any, top_k_weights: Any) -> torch.Tensor:
         return self.runner(layer, module, x, top_k_index, top_k_weights)
@@ -171,9 +183,8 @@ class Engine:
     def placement(self) -> str:
         """Where missed experts are computed, what is guessed and captured, and why, for people; empty where there is
         no choice."""
-        if not isinstance(self.runner, DeviceRunner):
-            return ""
-        return "; ".join(filter(None, map(str, (self.runner.placement, self.runner.speculation, self.steps or ""))))
+        placement = self.runner.placement if isinstance(self.runner, DeviceRunner) else ""
+        return "; ".join(filter(None, map(str, (placement, self.runner.speculation, self.steps or ""))))
 
     def metrics(self) -> Metrics:
         """A copy of the running totals."""

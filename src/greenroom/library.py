@@ -233,7 +233,7 @@ def load(
     group_size: "int | None" = None,
     policy: str = "learned",
     cpu_experts: bool = True,
-    prefetch: int = 0,
+    prefetch: "int | None" = None,
     lookahead: int = 1,
     context: int = 2048,
     staging: "int | None" = None,
@@ -248,9 +248,9 @@ def load(
     default float32, on a GPU bfloat16, or float16 where it has none. `cpu_experts`: with `vram`, compute on the CPU
     what the GPU lacks where that is faster than moving it. `*_bits`, `group_size`: as in `pack`. `policy`: "lru",
     "lfu", "s3fifo", "frequency-age", "probability" or "learned", per layer, or over all layers with the suffix
-    "-shared". `prefetch`, `lookahead`: experts guessed per layer and token, and how many layers ahead. `context`:
-    tokens of KV cache to reserve room for. `staging`: buffers beside the slots (None: two to four); `readers`: reads in
-    flight; `validate`: check the cache's invariants.
+    "-shared". `prefetch`: experts guessed at most per layer and token (None: on the CPU as many as pay, none on a GPU);
+    `lookahead`: how many layers ahead. `context`: tokens of KV cache to reserve room for. `staging`: buffers beside the
+    slots (None: two to four); `readers`: reads in flight; `validate`: check the cache's invariants.
 
     The model is a usual one: `generate`, past key values, padding, streamers, stopping criteria. `model.greenroom` is
     its engine: `.plan`, `.metrics()`, `.close()`.

@@ -4,10 +4,15 @@ is not its business.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+Guesses = list[tuple[int, list[int]]]
+"""(layer ahead, experts likeliest first), nearest layer first"""
+
+AUTOMATIC = 8
+"""Experts ranked per layer where nobody says how many: what is unlikely is not loaded."""
 _LEAST = 1e-3
 """Of the largest weight of a norm: what is smaller is not divided by."""
 
@@ -78,25 +83,31 @@ class Prefetcher:
     """Ranked guesses for `lookahead` layers ahead.
 
     `routers`: one per MoE layer, None where a family's gate is not a plain matrix (that layer is never guessed).
-    `experts`: how many to guess per layer while decoding; for a prompt, as many as there are staging buffers.
+    `experts`: how many to rank per layer while decoding; for a prompt, as many as there are staging buffers.
     """
 
     def __init__(self, routers: "list[Router | None]", experts: int, lookahead: int, staging: int) -> None:
         self._routers, self.experts, self.lookahead, self._staging = routers, experts, lookahead, staging
         self._foresight = Foresight(routers)
 
-    def guess(self, layer: int, hidden: torch.Tensor, top_k: int, prompt: bool) -> "list[tuple[int, list[int]]]":
-        """(layer ahead, experts likeliest first) for `hidden` [T, H] seen by `layer`'s gate; nearest layer first."""
+    def guess(self, layer: int, hidden: torch.Tensor, top_k: int, prompt: bool) -> Guesses:
+        """For `hidden` [T, H] seen by `layer`'s gate."""
         count = self._staging if prompt else self.experts
         if count == 0:
             return []
-        ahead = range(layer + 1, min(layer + (1 if prompt else self.lookahead), len(self._routers) - 1) + 1)
-        routers = ((other, self._routers[other]) for other in ahead)
+        routers = ((other, self._routers[other]) for other in self._ahead(layer, 1 if prompt else self.lookahead))
         return [
             (other, self._rank(router, self._foresight(layer, other, hidden), top_k, count))
             for other, router in routers
             if router is not None and router.reads(hidden)
         ]
+
+    def foresee(self, layer: int, foresee: "Callable[[int, int], list[int]]") -> Guesses:
+        """For one token of the compiled decode step, which ranks experts itself: see `decode.ServeToken`."""
+        return [(other, foresee(other, self.experts)) for other in self._ahead(layer, self.lookahead)]
+
+    def _ahead(self, layer: int, lookahead: int) -> range:
+        return range(layer + 1, min(layer + lookahead, len(self._routers) - 1) + 1)
 
     def _rank(self, router: Router, hidden: torch.Tensor, top_k: int, count: int) -> "list[int]":
         scores = router.scores(hidden)

@@ -4,6 +4,7 @@ The order in which experts arrive never shows: each expert's output is computed 
 and outputs are summed in ascending order of expert.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from greenroom.cache.curve import MissRatioCurve
 from greenroom.kernels import Activation, ExpertsKernel, ExpertTask, native
 from greenroom.metrics import Metrics, Stopwatch
 from greenroom.packed import ExpertsEntry
-from greenroom.prefetch import Prefetcher, Router
+from greenroom.prefetch import Guesses, Prefetcher, Router
+from greenroom.speculation import Speculation
 from greenroom.store import Arena
 from greenroom.threads import kept_from_torch
 from greenroom.transfer import Transfer
@@ -53,6 +55,9 @@ class ExpertRunner:
         self._entries, self._cache, self._transfer, self._arena = entries, cache, transfer, arena
         self._kernel, self._prefetcher, self._routers, self._curve = kernel, prefetcher, routers, curve
         self._kinds: dict[int, str] = {}
+        self._clock: Callable[[], float] = time.perf_counter
+        self.speculation = Speculation(prefetcher.experts)
+        self._since: tuple[float, float] | None = None  # the clock after the last guess, what the link had to do then
         self.metrics = Metrics()
         self.trace: list[tuple[int, tuple[int, ...], Shares | None]] | None = None
         """Set to a list to record every call, as `cache.replay` wants it."""
@@ -73,6 +78,7 @@ class ExpertRunner:
             self.observer(layer, x, top_k_index, top_k_weights, call.shares)
         prompt = top_k_index.numel() > _ANY_ORDER
         self._note(layer, call.valued, call.shares, prompt)
+        self._learn(layer, call.experts)
         try:
             self._ask(layer, call.experts, call.valued, call.shares)
             if len(x):
@@ -96,6 +102,7 @@ class ExpertRunner:
         outputs: torch.Tensor,
         meanwhile: "Callable[[], None]",
         shares: "Callable[[], Shares]",
+        foresee: "Callable[[int, int], list[int]]",
     ) -> None:
         """The same for one token of the compiled decode step: a `decode.ServeToken`."""
         ranked = sorted(zip(weights, experts, strict=True))
@@ -104,16 +111,18 @@ class ExpertRunner:
         if self.observer is not None:
             self.observer(layer, x, [valued[::-1]], [[weight for weight, _ in reversed(ranked)]], given)
         self._note(layer, valued, given, prompt=False)
+        self._learn(layer, experts)
         kind = self._kinds.get(layer) or self._kinds.setdefault(layer, seam.activation_kind(module))
-        buffers = None if self._prefetcher.experts else self._cache.hit(layer, experts, valued, given)
+        buffers = self._cache.hit(layer, experts, valued, given)
         if buffers is not None:
+            self._speculate(layer, lambda: self._prefetcher.foresee(layer, foresee))
             meanwhile()
             self._token(layer, kind, x, buffers, list(range(len(experts))), outputs)
             self._count()
             return
         try:
             self._ask(layer, experts, valued, given)
-            self._guess(layer, x, len(experts), prompt=False)
+            self._speculate(layer, lambda: self._prefetcher.foresee(layer, foresee))
             meanwhile()
             places = {expert: place for place, expert in enumerate(experts)}
             while places:
@@ -162,10 +171,37 @@ class ExpertRunner:
         self._cache.request(layer, experts, valued, shares)
         self._start_loads()
 
+    def _learn(self, layer: int, experts: "list[int]") -> None:
+        """Which guesses came true, and what the link did since they were made."""
+        self.speculation.requested(layer, experts)
+        rate = self._transfer.seconds_per_byte
+        if self._since is not None and rate is not None:
+            start_s, queued_s = self._since
+            idle_s = max(self._clock() - start_s - queued_s, 0.0)
+            self.speculation.link_was(idle_s, rate * self._entries[layer].record_nbytes)
+        self._since = None
+
     def _guess(self, layer: int, x: torch.Tensor, top_k: int, prompt: bool) -> None:
+        if not prompt:
+            self._speculate(layer, lambda: self._prefetcher.guess(layer, x, top_k, prompt))
+            return
         for ahead, experts in self._prefetcher.guess(layer, x, top_k, prompt):
             self._cache.guess(ahead, experts)
         self._start_loads()
+
+    def _speculate(self, layer: int, guess: "Callable[[], Guesses]") -> None:
+        """Load the guesses that pay."""
+        if not self.speculation.watches():
+            return
+        start_s = self._clock()
+        guesses = guess()
+        if guesses:
+            self._collect(wait=False)  # which may make room for them
+            for ahead, experts in self.speculation.choose(layer, guesses, self._cache.holds):
+                self._cache.guess(ahead, experts)
+            self._since = self._clock(), self._transfer.queued_s
+            self._start_loads()
+            self.speculation.guessing_took(self._clock() - start_s)
 
     def _token(
         self,
@@ -235,6 +271,7 @@ class ExpertRunner:
 
     def _give_up(self) -> None:
         """After an error or an interrupt, at any point: leave cache and transfer agreed on what is being read."""
+        self._since = None
         self._transfer.abandon()
         self._cache.abort()
         for buffer in self._cache.reading - self._transfer.under_way:

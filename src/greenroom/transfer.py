@@ -7,6 +7,7 @@ Does not decide anything: which expert goes where is `cache`'s, when to wait is 
 import heapq
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -36,7 +37,9 @@ class Transfer:
         self, store: Store, arena: Arena, readers: int, shuffle: "Callable[[list[int]], None] | None" = None
     ) -> None:
         self._store, self._arena, self._shuffle = store, arena, shuffle
-        self._state = threading.Condition()
+        self._state = threading.Lock()
+        self._wanted = threading.Condition(self._state)  # readers wait for pieces
+        self._arrived = threading.Condition(self._state)  # `poll` waits for records
         self._queue: list[tuple[bool, int, _Record, int, int]] = []  # (speculative, order, record, start, length)
         self._order = itertools.count()
         self._finished: deque[int] = deque()
@@ -46,6 +49,9 @@ class Transfer:
         self._closing = False
         self.bytes_read = 0
         """Bytes of all records read so far."""
+        self.seconds_per_byte: float | None = None
+        """Of the latest reads, smoothed; None before the first."""
+        self._busy_since, self._busy_nbytes, self._left_nbytes = 0.0, 0, 0  # since nothing was being read
         self._threads = [
             threading.Thread(target=self._work, name=f"greenroom-reader-{i}", daemon=True) for i in range(readers)
         ]
@@ -61,9 +67,12 @@ class Transfer:
             self._check_open()
             record = _Record(load, nbytes, len(pieces), self._access)
             self._unreported.add(load.buffer)
+            if not self._left_nbytes:
+                self._busy_since, self._busy_nbytes = time.perf_counter(), 0
+            self._left_nbytes += nbytes
             for start, length in pieces:
                 heapq.heappush(self._queue, (load.speculative, next(self._order), record, start, length))
-            self._state.notify_all()
+            self._wanted.notify(len(pieces))  # no more: each reader that wakes takes a core from the kernels
 
     def poll(self, wait: bool) -> "list[int]":
         """Buffers that have been filled since the last call; with `wait`, at least one.
@@ -73,7 +82,7 @@ class Transfer:
         with self._state:
             while wait and not self._finished and not self._errors:
                 self._check_open()
-                self._state.wait()
+                self._arrived.wait()
             if self._errors:
                 raise self._errors.pop(0)
             done = list(self._finished)
@@ -88,6 +97,11 @@ class Transfer:
         """Buffers that `poll` still has to report."""
         with self._state:
             return set(self._unreported)
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds that the reads under way will take, about."""
+        return self._left_nbytes * (self.seconds_per_byte or 0.0)
 
     def abandon(self) -> None:
         """Forget errors, also those of reads under way: the access that wanted them has been given up."""
@@ -104,7 +118,8 @@ class Transfer:
         with self._state:
             self._closing = True
             self._queue.clear()
-            self._state.notify_all()
+            self._wanted.notify_all()
+            self._arrived.notify_all()
         for thread in self._threads:
             thread.join()
 
@@ -112,7 +127,7 @@ class Transfer:
         while True:
             with self._state:
                 while not self._queue and not self._closing:
-                    self._state.wait()
+                    self._wanted.wait()
                 if self._closing:
                     return
                 _, _, record, start, length = heapq.heappop(self._queue)
@@ -138,8 +153,17 @@ class Transfer:
             if not record.failed:
                 self._check(record)
                 self.bytes_read += record.nbytes
+            self._time(record.nbytes)
             self._finished.append(record.load.buffer)
-        self._state.notify_all()
+            self._arrived.notify()
+
+    def _time(self, nbytes: int) -> None:
+        """A record is there; when nothing else is under way, learn how long it all took. The lock is held."""
+        self._left_nbytes -= nbytes
+        self._busy_nbytes += nbytes
+        if self._left_nbytes == 0:
+            rate, known = (time.perf_counter() - self._busy_since) / self._busy_nbytes, self.seconds_per_byte
+            self.seconds_per_byte = rate if known is None else known + (rate - known) / 8
 
     def _check(self, record: _Record) -> None:
         layer, expert = record.load.key
@@ -159,6 +183,7 @@ class Transfer:
         """Report one error a record, and none that a later access would take for its own. The lock is held."""
         if not record.failed and record.access == self._access:
             self._errors.append(error)
+            self._arrived.notify()
         record.failed = True
 
 

@@ -167,16 +167,18 @@ class ExpertCache:
         valued: Sequence[int],
         probabilities: "Sequence[float] | None" = None,
     ) -> "list[int] | None":
-        """The buffers of `experts` where all are there and nothing is guessed: a whole access in one step, from request
-        to finish, with the same arguments. None where something is missing; then nothing has happened."""
+        """The buffers of `experts` where all are there: a whole access in one step, from request to finish, with the
+        same arguments. None where something is missing; then nothing has happened."""
         group, held = self._group(layer), self._held
         resident = self._resident[group]
         needed = [(layer, expert) for expert in experts]
-        if self._guessed or self._queue.guesses or not resident.issuperset(needed):
+        if not resident.issuperset(needed):
             return None
         if not all(key in held and held[key].ready for key in needed):
             return None
         self.counters.hits += len(needed)
+        if self._guessed or self._queue.guesses:
+            self._drop_guesses(layer, keep=set())
         buffers = [held[key].buffer for key in needed]
         hints = Hints(layer, self._recent, probabilities)
         after = self._policies[group].update([(layer, expert) for expert in valued], hints)
@@ -245,6 +247,10 @@ class ExpertCache:
         """The buffer that holds the expert's bytes now, or None."""
         held = self._held.get((layer, expert))
         return held.buffer if held is not None and held.ready else None
+
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether the expert is there or being read."""
+        return (layer, expert) in self._held
 
     @property
     def reading(self) -> "set[int]":

@@ -156,7 +156,7 @@ def show_stats(report: "dict[str, Any]") -> None:
         f"of {report['decode_s']:.2f} s decoding: {report['stall_s']:.2f} s stalled on reads, "
         f"{report['expert_compute_s']:.2f} s in experts",
         *_outlook(report["what_if"]),
-        *_link(report),
+        *_choices(report),
         f"peak memory {format_bytes(report['peak_memory_bytes'])}",
         f"kernel: {report['kernel']}; tokens are decoded by: {report['decoder']}",
     ]
@@ -206,11 +206,14 @@ def _between(rates: "list[float]", slots: float) -> float:
     return rates[below] + (rates[above] - rates[below]) * (slots - below)
 
 
-def _link(report: "dict[str, Any]") -> "list[str]":
-    """What crossed the link to a device, and what did not."""
-    if not report["placement"]:
-        return []
-    return [f"{format_bytes(report['bytes_up_per_token'])} sent to the GPU per token; {report['placement']}"]
+def _choices(report: "dict[str, Any]") -> "list[str]":
+    """What crossed the link to a device, if there is one, and what was chosen on the way, with the reasons."""
+    sent = (
+        f"{format_bytes(report['bytes_up_per_token'])} sent to the GPU per token"
+        if report["bytes_up_per_token"]
+        else ""
+    )
+    return list(filter(None, ["; ".join(filter(None, [sent, report["placement"]]))]))
 
 
 def encode(tokenizer: Any, messages: "list[dict[str, str]]") -> "dict[str, Any]":

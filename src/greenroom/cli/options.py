@@ -47,7 +47,10 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
         help="learned (default), lru (the paper's), lfu, s3fifo, frequency-age or probability; with -shared, one pool",
     )
     group.add_argument(
-        "--prefetch", type=int, default=0, metavar="N", help="experts guessed per layer ahead (default 0)"
+        "--prefetch",
+        type=int,
+        metavar="N",
+        help="experts guessed at most per layer ahead; 0 guesses none (default: as many as pay, none on a GPU)",
     )
     group.add_argument("--lookahead", type=int, default=1, metavar="D", help="layers to guess ahead (default 1)")
     group.add_argument("--context", type=int, default=None, metavar="TOKENS", help="tokens of KV cache to reserve")

@@ -126,7 +126,7 @@ def _stand_in(layer: int, module: Any, x: torch.Tensor, index: torch.Tensor, wei
 
 
 def _stand_in_token(
-    layer: int, module: Any, x: Any, experts: "list[int]", weights: Any, outputs: torch.Tensor, meanwhile: Any, _: Any
+    layer: int, module: Any, x: Any, experts: "list[int]", weights: Any, outputs: torch.Tensor, meanwhile: Any, *_: Any
 ) -> None:
     meanwhile()
     for row, expert in enumerate(experts):

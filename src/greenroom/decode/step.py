@@ -40,10 +40,12 @@ class ServeToken(Protocol):
         outputs: torch.Tensor,
         meanwhile: "Callable[[], None]",
         shares: "Callable[[], list[float]]",
+        foresee: "Callable[[int, int], list[int]]",
     ) -> None:
         """Put each expert's output for x [1, H], unweighted, into its row of outputs [k, H]; `experts` are ascending.
         `meanwhile` is called once, when what is missing is on its way. `shares` tells what the router thinks of all
-        experts (see `prefetch.Router.shares`)."""
+        experts (see `prefetch.Router.shares`); `foresee` gives what a later MoE layer would choose first if nothing
+        were added until there, up to so many experts, likeliest first (none of a layer that has no router)."""
         ...
 
 
@@ -124,6 +126,7 @@ class DecodeStep:
             self._hidden, self._normed = torch.zeros(1, parts.width), torch.zeros(1, parts.width)
             self._outputs = torch.empty(parts.top_k, parts.width)
             self._decoder = native.decoder(parts.described, self._hidden, self._normed)
+            self._places = {moe.greenroom_layer: place for place, moe in enumerate(parts.moe) if moe is not None}
             return proof.disagreement(self, self._base, parts)
         except NotUnderstoodError as error:
             return str(error)
@@ -223,6 +226,7 @@ class DecodeStep:
             self._outputs,
             lambda: decoder.shared(index, threads),
             decoder.shares,
+            lambda ahead, most: decoder.foresee(self._places[ahead], most, threads) if ahead in self._places else [],
         )
         decoder.combine(index, self._outputs.data_ptr(), weights)
 

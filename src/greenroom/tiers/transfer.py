@@ -52,6 +52,16 @@ class TierTransfer:
         """Bytes of all records read from disk so far."""
         return self._disk.bytes_read
 
+    @property
+    def seconds_per_byte(self) -> "float | None":
+        """Of the link's latest uploads; None before the first."""
+        return self.link.seconds_per_byte
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds that the link's uploads under way will take, about."""
+        return self.link.queued_s
+
     def start(self, load: Load) -> None:
         """Begin filling; `poll` reports `load.buffer` when that is queued."""
         self._unreported.add(load.buffer)
