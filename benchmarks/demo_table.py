@@ -16,9 +16,9 @@ from typing import Any
 
 PROMPT = "Write a short story about a lighthouse keeper who finds a map."
 SETTINGS: "dict[str, list[str]]" = {
-    "no expert kept": ["--experts-per-layer", "0"],
+    "no expert kept": ["--experts-per-layer", "0", "--prefetch", "0"],
     "a third, learned (the default)": [],
-    "a third, learned, `--prefetch 1`": ["--prefetch", "1"],
+    "a third, learned, `--prefetch 0`": ["--prefetch", "0"],
     "a third, LRU (the paper's)": ["--policy", "lru", "--prefetch", "0"],
     "a third, LRU, `--prefetch 1`": ["--policy", "lru", "--prefetch", "1"],
     "a third, decayed frequency": ["--policy", "lfu"],
