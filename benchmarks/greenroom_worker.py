@@ -14,7 +14,7 @@ from greenroom.cache import POLICIES, ExpertCache, replay
 from greenroom.config import EngineSettings
 from greenroom.engine import Engine
 from greenroom.errors import GreenroomError
-from greenroom.metrics import process_memory
+from greenroom.metrics import Metrics, process_memory
 from greenroom.packed import PackedModel
 
 BATCH = 512
@@ -44,8 +44,14 @@ class Model:
         """Start a new sequence; residency stays."""
         self._past = DynamicCache(config=self.engine.model.config)
 
+    def metrics(self) -> Metrics:
+        """Totals, with nothing under way."""
+        self.engine.runner.drain()
+        return self.engine.metrics()
+
     def predicted_bytes(self, calls: int) -> "int | None":
-        """Bytes that the cache core says the last `calls` layers' calls read; None where no trace is kept."""
+        """Bytes that the cache core says the last `calls` layers' calls read without guesses; None where no trace is
+        kept."""
         settings, plan = self.engine.settings, self.engine.plan
         layers = self.engine.packed.manifest.experts
         if calls == 0 or len(self.trace) < calls:
@@ -68,25 +74,29 @@ def trial(model: Model, prompt: "list[int]", warm: "list[int]", timed: "list[int
     prompt_s = time.perf_counter() - start_s
     for token in warm:
         model.feed([token])
-    before, calls, start_s = model.engine.metrics(), len(model.trace), time.perf_counter()
+    before, calls, start_s = model.metrics(), len(model.trace), time.perf_counter()
     for token in timed:
         logits = model.feed([token])
     decode_s = time.perf_counter() - start_s
-    spent = model.engine.metrics() - before
+    spent = model.metrics() - before
     if not torch.isfinite(logits).all():
         raise GreenroomError("greenroom's logits are not finite")
     predicted = model.predicted_bytes(len(model.trace) - calls)
+    # what was guessed and not used; shapes here have records of one size
+    vain = (spent.guesses - spent.prefetched - spent.late) * model.engine.packed.manifest.experts[0].record_nbytes
     return {
         "prompt_tokens_per_s": len(prompt) / prompt_s,
         "tokens_per_s": len(timed) / decode_s,
         "cpu_s": time.process_time() - cpu_s,
         "bytes_read_per_token": spent.bytes_read / len(timed),
-        "bytes_predicted_per_token": None if predicted is None else predicted / len(timed),
+        "bytes_predicted_per_token": None if predicted is None else (predicted + vain) / len(timed),
+        "bytes_guessed_in_vain_per_token": vain / len(timed),
         "hit_rate": spent.hit_rate,
         "stall_share": spent.stall_s / decode_s,
         "experts_share": spent.compute_s / decode_s,
         "anonymous_nbytes": process_memory()["anonymous"],
         "decode": str(getattr(model.engine, "decode", "transformers' modules")),
+        "guesses": str(model.engine.runner.speculation),
     }
 
 

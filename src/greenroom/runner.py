@@ -142,6 +142,12 @@ class ExpertRunner:
             raise
         self._count()
 
+    def drain(self) -> None:
+        """Wait for what is still being read, for nobody perhaps, so that `metrics` counts all that was started."""
+        while self._transfer.under_way:
+            self._collect(wait=True)
+        self._count()
+
     def _note(self, layer: int, valued: "list[int]", shares: "Shares | None", prompt: bool) -> None:
         """Count a call and keep its experts, least valuable first, for whoever studies them."""
         self.metrics.calls += 1
