@@ -374,6 +374,33 @@ def test_an_interrupt_in_a_token_leaves_the_cache_as_it_was(mixtral: Engine, mon
         assert torch.equal(model(token, past_key_values=past).logits, want)
 
 
+def test_an_interrupt_between_a_hit_and_its_guesses_loses_no_buffer() -> None:
+    with running(case_of("mixtral").pack(4), experts_per_layer=3, prefetch=4) as engine:
+        runner, cache, transfer = engine.runner, engine.runner._cache, engine._transfer
+        want, start, hit, there = decoded(engine.model), transfer.start, cache.hit, [False]
+        runner.speculation.watches = lambda: True
+        runner.speculation.choose = lambda layer, guesses, there: guesses
+
+        def noted(*access: Any) -> "list[int] | None":
+            buffers: list[int] | None = hit(*access)
+            there[0] = buffers is not None
+            return buffers
+
+        def interrupted(load: Any) -> None:
+            if load.speculative and there[0]:
+                raise KeyboardInterrupt
+            start(load)
+
+        transfer.start, cache.hit = interrupted, noted
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(20):
+                there[0] = False
+                decoded(engine.model)
+        assert cache.reading <= transfer.under_way, "a buffer waits for a read that was never started"
+        transfer.start, cache.hit = start, hit
+        assert torch.equal(decoded(engine.model), want)
+
+
 def test_hooks_see_every_token(mixtral: Engine) -> None:
     seen = []
     hook = mixtral.model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))

@@ -113,30 +113,17 @@ class ExpertRunner:
         self._note(layer, valued, given, prompt=False)
         self._learn(layer, experts)
         kind = self._kinds.get(layer) or self._kinds.setdefault(layer, seam.activation_kind(module))
-        buffers = self._cache.hit(layer, experts, valued, given)
-        if buffers is not None:
-            self._speculate(layer, lambda: self._prefetcher.foresee(layer, foresee))
-            meanwhile()
-            self._token(layer, kind, x, buffers, list(range(len(experts))), outputs)
-            self._count()
-            return
         try:
-            self._ask(layer, experts, valued, given)
+            buffers = self._cache.hit(layer, experts, valued, given)
+            if buffers is None:
+                self._ask(layer, experts, valued, given)
             self._speculate(layer, lambda: self._prefetcher.foresee(layer, foresee))
             meanwhile()
-            places = {expert: place for place, expert in enumerate(experts)}
-            while places:
-                found = {expert: self._cache.ready(layer, expert) for expert in places}
-                ready = {expert: buffer for expert, buffer in found.items() if buffer is not None}
-                if not ready:
-                    self._collect(wait=True)
-                    continue
-                self._token(layer, kind, x, list(ready.values()), [places.pop(expert) for expert in ready], outputs)
-                for expert in ready:
-                    self._cache.release(layer, expert)
-                self._start_loads()
-                self._collect(wait=False)
-            self._cache.finish()
+            if buffers is None:
+                self._token_as_they_come(layer, kind, x, experts, outputs)
+                self._cache.finish()
+            else:
+                self._token(layer, kind, x, buffers, list(range(len(experts))), outputs)
         except BaseException:
             self._give_up()
             raise
@@ -221,6 +208,22 @@ class ExpertRunner:
         entry, addresses = self._entries[layer], [self._arena.address(buffer) for buffer in buffers]
         with Stopwatch(self.metrics, "compute_s"):
             native.token(x, addresses, places, entry.record_nbytes, entry.tensors, kind, outputs)
+
+    def _token_as_they_come(
+        self, layer: int, kind: str, x: torch.Tensor, experts: "list[int]", outputs: torch.Tensor
+    ) -> None:
+        places = {expert: place for place, expert in enumerate(experts)}
+        while places:
+            found = {expert: self._cache.ready(layer, expert) for expert in places}
+            ready = {expert: buffer for expert, buffer in found.items() if buffer is not None}
+            if not ready:
+                self._collect(wait=True)
+                continue
+            self._token(layer, kind, x, list(ready.values()), [places.pop(expert) for expert in ready], outputs)
+            for expert in ready:
+                self._cache.release(layer, expert)
+            self._start_loads()
+            self._collect(wait=False)
 
     def _as_they_come(self, layer: int, call: "Call", activation: Activation) -> torch.Tensor:
         """Resident experts first, then the others in the order in which their reads finish."""
