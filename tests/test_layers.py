@@ -10,8 +10,8 @@ import pytest
 import greenroom
 
 ROOMS = [
-    "errors", "sizes", "progress", "environment", "machine", "buffers", "threads", "quant", "config", "seam",
-    "checkpoint", "packed", "packing", "cache", "history", "store", "transfer", "device", "tiers", "placement",
+    "errors", "sizes", "progress", "environment", "machine", "smoothing", "buffers", "threads", "quant", "config",
+    "seam", "checkpoint", "packed", "packing", "cache", "history", "store", "transfer", "device", "tiers", "placement",
     "speculation", "prefetch", "trace", "analyze", "metrics", "kernels", "runner", "device_runner", "static_kv",
     "token_layers", "layer_steps", "model", "naive", "decode", "planner", "probe", "wheels", "demo", "engine",
     "library", "evaluate", "cli",

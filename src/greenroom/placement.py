@@ -8,6 +8,8 @@ and a known way is given up only when the other is better by a margin (hysteresi
 
 import dataclasses
 
+from greenroom.smoothing import smoothed
+
 MARGIN = 0.1
 """A split is changed when the new one saves this share of the time."""
 RETRY = 64
@@ -52,7 +54,7 @@ class _Way:
             self.retry = RETRY
         # a time far off says that something has changed, one after a while that what is known is old: believe it
         trusted = 1.0 if changed or self.stale else _WEIGHT
-        self.seconds = seconds if known is None else known + (seconds - known) * trusted
+        self.seconds = smoothed(known, seconds, trusted)
         self.idle, self.stale = 0, False
 
 

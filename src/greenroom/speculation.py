@@ -14,6 +14,8 @@ calls are guessed all the same.
 import math
 from collections.abc import Callable, Sequence
 
+from greenroom.smoothing import smoothed
+
 WATCH = 17
 """Where guessing is off, one call in so many is guessed: a prime, so that each layer's turn comes."""
 _LEAST = 0.01
@@ -32,7 +34,7 @@ class Speculation:
         self._idle_s: float | None = None
         self._move_s = 0.0
         self._gain_s: float | None = None
-        self._cost_s = 0.0
+        self._cost_s: float | None = None
         self._loads = 0.0  # a guessed call, smoothed
         self._guesses: dict[int, list[tuple[int, int]]] = {}  # layer → (rank, expert) of what was not there
         self._calls = 0
@@ -40,12 +42,12 @@ class Speculation:
     @property
     def pays(self) -> bool:
         """Whether guessing gains more than it takes, as far as is known."""
-        return self.most > 0 and (self._gain_s is None or self._gain_s > max(self._cost_s, _LEAST * self._move_s))
+        return self._gain_s is None or self._gain_s > max(self._cost_s or 0.0, _LEAST * self._move_s)
 
     def watches(self) -> bool:
         """Whether to guess for this call at all."""
         self._calls += 1
-        return self.pays or (self.most > 0 and self._calls % WATCH == 0)
+        return self.most > 0 and (self.pays or self._calls % WATCH == 0)
 
     def choose(
         self, layer: int, guesses: "Sequence[tuple[int, list[int]]]", there: "Callable[[int, int], bool]"
@@ -65,9 +67,9 @@ class Speculation:
                 experts.append(expert)
                 loads, gain_s = loads + 1, gain_s + gains_s
             chosen.append((ahead, experts))
-        self._loads += (loads - self._loads) * _WEIGHT
-        if math.isfinite(gain_s) and self._idle_s is not None:
-            self._gain_s = _smoothed(self._gain_s, gain_s)
+        self._loads = smoothed(self._loads, loads, _WEIGHT)
+        if self._idle_s is not None:
+            self._gain_s = smoothed(self._gain_s, gain_s, _WEIGHT)
         return chosen
 
     def requested(self, layer: int, experts: "Sequence[int]") -> None:
@@ -75,16 +77,16 @@ class Speculation:
         for rank, expert in self._guesses.pop(layer, []):
             self._compared[rank] += 1
             weight = max(_WEIGHT, 1 / self._compared[rank])
-            self._right[rank] += ((expert in experts) - self._right[rank]) * weight
+            self._right[rank] = smoothed(self._right[rank], expert in experts, weight)
 
     def link_was(self, idle_s: float, move_s: float) -> None:
         """Between two layers the link had nothing to do for `idle_s`; one expert takes `move_s`."""
-        self._idle_s = _smoothed(self._idle_s, idle_s)
+        self._idle_s = smoothed(self._idle_s, idle_s, _WEIGHT)
         self._move_s = move_s
 
     def guessing_took(self, seconds: float) -> None:
         """Guessing for one call kept the caller from computing for so long."""
-        self._cost_s = _smoothed(self._cost_s or None, seconds)
+        self._cost_s = smoothed(self._cost_s, seconds, _WEIGHT)
 
     def _gains_s(self, rank: int, before: int, layers: int) -> float:
         """What loading a guess for so many layers ahead gains, after `before` others; infinite where it is unknown."""
@@ -104,12 +106,8 @@ class Speculation:
         reason = (
             f"of what is not there {right} come true, the link is idle for {self._idle_s * 1e3:.2f} ms a layer, an "
             f"expert takes {self._move_s * 1e3:.2f} ms; guessing gains {self._gain_s * 1e6:.0f} µs and takes "
-            f"{self._cost_s * 1e6:.0f}"
+            f"{(self._cost_s or 0.0) * 1e6:.0f}"
         )
         if not self.pays:
             return f"guessing is off: {reason}"
         return f"{self._loads:.2f} guesses a layer loaded of up to {self.most}: {reason}"
-
-
-def _smoothed(known: "float | None", latest: float) -> float:
-    return latest if known is None else known + (latest - known) * _WEIGHT

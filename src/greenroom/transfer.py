@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 from greenroom.cache import Load
+from greenroom.smoothing import smoothed
 from greenroom.store import Arena, Store
 
 PIECE_NBYTES = 2 << 20
@@ -162,8 +163,8 @@ class Transfer:
         self._left_nbytes -= nbytes
         self._busy_nbytes += nbytes
         if self._left_nbytes == 0:
-            rate, known = (time.perf_counter() - self._busy_since) / self._busy_nbytes, self.seconds_per_byte
-            self.seconds_per_byte = rate if known is None else known + (rate - known) / 8
+            rate = (time.perf_counter() - self._busy_since) / self._busy_nbytes
+            self.seconds_per_byte = smoothed(self.seconds_per_byte, rate, 1 / 8)
 
     def _check(self, record: _Record) -> None:
         layer, expert = record.load.key

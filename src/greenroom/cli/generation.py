@@ -208,12 +208,10 @@ def _between(rates: "list[float]", slots: float) -> float:
 
 def _choices(report: "dict[str, Any]") -> "list[str]":
     """What crossed the link to a device, if there is one, and what was chosen on the way, with the reasons."""
-    sent = (
-        f"{format_bytes(report['bytes_up_per_token'])} sent to the GPU per token"
-        if report["bytes_up_per_token"]
-        else ""
-    )
-    return list(filter(None, ["; ".join(filter(None, [sent, report["placement"]]))]))
+    if not report["placement"]:
+        return []
+    sent = f"{format_bytes(report['bytes_up_per_token'])} sent to the GPU per token; "
+    return [(sent if report["bytes_up_per_token"] else "") + report["placement"]]
 
 
 def encode(tokenizer: Any, messages: "list[dict[str, str]]") -> "dict[str, Any]":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from greenroom.device import Device, Event
+from greenroom.smoothing import smoothed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,6 +86,6 @@ class Link:
         return True
 
     def _time(self, nbytes: int, seconds: float) -> None:
-        rate, known = seconds / nbytes, self.seconds_per_byte
+        rate = seconds / nbytes
         self._rates.append(rate)
-        self.seconds_per_byte = rate if known is None else known + (rate - known) / 8
+        self.seconds_per_byte = smoothed(self.seconds_per_byte, rate, 1 / 8)
