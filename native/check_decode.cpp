@@ -194,6 +194,7 @@ std::vector<float> decode(const std::vector<DecoderLayer>& layers, const float* 
         for (int i = 0; i < kWidth; ++i) hidden[static_cast<std::size_t>(i)] = static_cast<float>((token * 7 + i * 3) % 11 - 5);
         const std::int64_t first = token > 100 ? token - 70 : 0;
         const Chosen chosen = decoder.attend(0, {bytes(keys), bytes(values), capacity, first, token}, cosine, sine, threads);
+        for (int expert : decoder.foresee(0, 1 + token % 20, threads)) seen.push_back(static_cast<float>(expert));
         decoder.shared(0, threads);
         decoder.combine(0, outputs.data(), chosen.weights);
         decoder.attend(1, {bytes(more_keys), bytes(more_values), capacity, 0, token}, cosine, sine, threads);
