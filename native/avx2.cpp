@@ -4,7 +4,7 @@
 #include "activation.h"
 #include "attention.h"
 #include "causal.h"
-#include "integer.h"
+#include "tiles.h"
 
 namespace greenroom {
 namespace {
@@ -14,7 +14,8 @@ struct Avx2 {
     using I = __m256i;
     static constexpr int kWidth = 8, kBytes = 32;
     static constexpr bool kInPlace = false;
-    static constexpr int tile_rows = 4, tile_vectors = 4;
+    static constexpr int tile_rows = 4, tile_vectors = 4, most_vectors = 128;
+    static constexpr int kTileVectors = 3;  // as many as 16 registers hold sums of, in parts and whole, beside codes
 
     static F zero() { return _mm256_setzero_ps(); }
     static F set1(float value) { return _mm256_set1_ps(value); }
@@ -82,6 +83,46 @@ struct Avx2 {
         return _mm256_load_si256(reinterpret_cast<const I*>(some));
     }
 
+    // Elements of 32 bits, for tiles.h: sums, parts of them in pairs of 16 bits, and four bytes to multiply.
+    static I none() { return _mm256_setzero_si256(); }
+    static I load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
+    static void store_bytes(void* p, I value) { _mm256_storeu_si256(static_cast<I*>(p), value); }
+    static I repeat_four(const std::uint8_t* p) {
+        std::int32_t four;
+        std::memcpy(&four, p, 4);
+        return _mm256_set1_epi32(four);
+    }
+    static I begin_part(I) { return none(); }
+    static I add_products(I part, I codes, I x) {
+        I sum = _mm256_add_epi16(part, _mm256_maddubs_epi16(codes, x));
+        asm("" : "+x"(sum));  // else GCC adds in another order, for which it has no registers
+        return sum;
+    }
+    static I end_part(I sum, I part) { return _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1))); }
+    static I times256(I sum) { return _mm256_slli_epi32(sum, 8); }
+    static F from_integers(I sum) { return _mm256_cvtepi32_ps(sum); }
+    static I first(int count) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+    static F load_some(const float* p, int count) { return _mm256_maskload_ps(p, first(count)); }
+    static void store_some(float* p, int count, F value) { _mm256_maskstore_ps(p, first(count), value); }
+
+    // Eight rows of eight elements become columns.
+    static void transpose(I (&m)[8]) {
+        I pairs[8], fours[8];
+        for (int i = 0; i < 8; i += 2) {
+            pairs[i] = _mm256_unpacklo_epi32(m[i], m[i + 1]);
+            pairs[i + 1] = _mm256_unpackhi_epi32(m[i], m[i + 1]);
+        }
+        for (int i = 0; i < 8; i += 4)
+            for (int half = 0; half < 2; ++half) {
+                fours[i + 2 * half] = _mm256_unpacklo_epi64(pairs[i + half], pairs[i + 2 + half]);
+                fours[i + 2 * half + 1] = _mm256_unpackhi_epi64(pairs[i + half], pairs[i + 2 + half]);
+            }
+        for (int j = 0; j < 4; ++j) {  // fours[4 i + j], half k: column 4 k + j of rows 4 i to 4 i + 3
+            m[j] = _mm256_permute2x128_si256(fours[j], fours[4 + j], 0x20);
+            m[4 + j] = _mm256_permute2x128_si256(fours[j], fours[4 + j], 0x31);
+        }
+    }
+
     // A chunk of a row (integer.h), and its codes, a byte each.
     template <int BITS>
     struct Packed {
@@ -142,11 +183,20 @@ bool supported() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-Kernel kernel(const Matrix& matrix, bool) {
+template <int BITS>
+Kernel kernel_for(int group_size, Batch batch) {
+    switch (batch) {
+        case Batch::few: return integer_kernel<Avx2, BITS>(group_size);
+        case Batch::many: return tiled_kernel<Avx2, BITS, 2>(group_size);
+        default: return tiled_kernel<Avx2, BITS, 1>(group_size);
+    }
+}
+
+Kernel kernel(const Matrix& matrix, Batch batch) {
     switch (matrix.bits) {
-        case 2: return integer_kernel<Avx2, 2>(matrix.group_size);
-        case 3: return integer_kernel<Avx2, 3>(matrix.group_size);
-        case 4: return integer_kernel<Avx2, 4>(matrix.group_size);
+        case 2: return kernel_for<2>(matrix.group_size, batch);
+        case 3: return kernel_for<3>(matrix.group_size, batch);
+        case 4: return kernel_for<4>(matrix.group_size, batch);
         case 8: return kernel_of<Float<Avx2, 8>>();  // 255 * 128 twice is too much for 16 bits
         default: return kernel_of<Float<Avx2, 16>>();
     }

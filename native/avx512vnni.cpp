@@ -15,6 +15,7 @@ struct Avx512Vnni {
     static constexpr int kWidth = 16, kBytes = 64;
     static constexpr bool kInPlace = true;  // a byte of 192 or 240 is as good as one of 3 or 15
     static constexpr int tile_rows = 4, tile_vectors = 4, most_vectors = 128;
+    static constexpr int kTileVectors = 6;  // 12 sums in integers and 12 in floats: what 32 registers hold beside codes
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float value) { return _mm512_set1_ps(value); }
@@ -82,6 +83,8 @@ struct Avx512Vnni {
         std::memcpy(&four, p, 4);
         return _mm512_set1_epi32(four);
     }
+    static I begin_part(I sum) { return sum; }
+    static I end_part(I, I part) { return part; }
     static I add_products(I sum, I codes, I x) { return _mm512_dpbusd_epi32(sum, codes, x); }
     static I times256(I sum) { return _mm512_slli_epi32(sum, 8); }
     static F from_integers(I sum) { return _mm512_cvtepi32_ps(sum); }
@@ -189,18 +192,21 @@ bool supported() {
            __builtin_cpu_supports("gfni");
 }
 
-Kernel kernel(const Matrix& matrix, bool many) {
-    if (many) switch (matrix.bits) {
-            case 2: return tiled_kernel<Avx512Vnni, 2>(matrix.group_size);
-            case 3: return tiled_kernel<Avx512Vnni, 3>(matrix.group_size);
-            case 4: return tiled_kernel<Avx512Vnni, 4>(matrix.group_size);
-            case 8: return tiled_kernel<Avx512Vnni, 8>(matrix.group_size);
-        }
+template <int BITS>
+Kernel kernel_for(int group_size, Batch batch) {
+    switch (batch) {
+        case Batch::few: return integer_kernel<Avx512Vnni, BITS>(group_size);
+        case Batch::many: return tiled_kernel<Avx512Vnni, BITS, 2>(group_size);
+        default: return tiled_kernel<Avx512Vnni, BITS, 1>(group_size);
+    }
+}
+
+Kernel kernel(const Matrix& matrix, Batch batch) {
     switch (matrix.bits) {
-        case 2: return integer_kernel<Avx512Vnni, 2>(matrix.group_size);
-        case 3: return integer_kernel<Avx512Vnni, 3>(matrix.group_size);
-        case 4: return integer_kernel<Avx512Vnni, 4>(matrix.group_size);
-        case 8: return integer_kernel<Avx512Vnni, 8>(matrix.group_size);
+        case 2: return kernel_for<2>(matrix.group_size, batch);
+        case 3: return kernel_for<3>(matrix.group_size, batch);
+        case 4: return kernel_for<4>(matrix.group_size, batch);
+        case 8: return kernel_for<8>(matrix.group_size, batch == Batch::rough ? Batch::many : batch);
         default: return kernel_of<Float<Avx512Vnni, 16>>();
     }
 }

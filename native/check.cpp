@@ -88,16 +88,23 @@ std::vector<float> random_vectors(std::int64_t count, std::mt19937& random) {
 }
 
 // Whether y is the matrix times x, but for float32's own rounding, and that of vectors to 16 bits: half a step of the
-// largest element's 32639.
-bool is_product(const Matrix& matrix, const float* x, const float* y) {
+// largest element's 32639; or to 8, half a step of 127 of a group's largest.
+bool is_product(const Matrix& matrix, const float* x, const float* y, bool rough) {
     float top = 0;
     for (std::int64_t col = 0; col < matrix.cols; ++col) top = std::max(top, std::fabs(x[col]));
+    std::vector<float> step(static_cast<std::size_t>(matrix.cols), top / 65278);
+    for (std::int64_t col = 0; rough && col < matrix.cols; ++col) {
+        const std::int64_t first = col / matrix.group_size * matrix.group_size, last = std::min(first + matrix.group_size, matrix.cols);
+        float most = 0;
+        for (std::int64_t i = first; i < last; ++i) most = std::max(most, std::fabs(x[i]));
+        step[static_cast<std::size_t>(col)] = most / 254;
+    }
     for (std::int64_t row = 0; row < matrix.rows; ++row) {
         double sum = 0, allowed = 1e-37;
         for (std::int64_t col = 0; col < matrix.cols; ++col) {
             const Weight w = weight(matrix, row, col);
             sum += w.value * x[col];
-            allowed += 1e-6 * w.size * std::fabs(x[col]) + std::fabs(w.value) * top / 65278;
+            allowed += 1e-6 * w.size * std::fabs(x[col]) + std::fabs(w.value) * step[static_cast<std::size_t>(col)];
         }
         if (std::fabs(y[row] - sum) > allowed) return false;
     }
@@ -107,21 +114,31 @@ bool is_product(const Matrix& matrix, const float* x, const float* y) {
 void check_linear(const Shape& shape, const char* isa, std::mt19937& random) {
     const Bytes packed = random_matrix(shape, random);
     const std::vector<float> x = random_vectors(kVectors * shape.cols, random);
-    const auto run = [&](int count, int threads) {
+    const auto run = [&](int count, int threads, bool rough = false) {
         std::vector<float> y(static_cast<std::size_t>(count * shape.rows));
-        linear(x.data(), count, packed.get(), shape, nullptr, y.data(), threads);
+        linear(x.data(), count, packed.get(), shape, nullptr, y.data(), threads, rough);
         return y;
+    };
+    const auto product = [&](const std::vector<float>& y, int v, bool rough) {
+        return is_product(shape.at(packed.get()), &x[static_cast<std::size_t>(v * shape.cols)], &y[static_cast<std::size_t>(v * shape.rows)], rough);
     };
     const std::vector<float> all = run(kVectors, 3), few = run(kMany - 1, 3);
     for (const int v : {0, 1, 2, 3, 4, 5, 6, 7, 30, 31, 32, 127, 128, kVectors - 1}) {
         const std::vector<float>& found = v < kMany - 1 ? few : all;
-        expect(is_product(shape.at(packed.get()), &x[static_cast<std::size_t>(v * shape.cols)], &found[static_cast<std::size_t>(v * shape.rows)]),
-               "product", shape, isa);
+        expect(product(found, v, false), "product", shape, isa);
     }
     for (const int count : {1, 3, 6, kMany, 13, 35}) {
         const std::vector<float>& same = count < kMany ? few : all;
         const std::vector<float> some = run(count, 1);
         expect(std::memcmp(some.data(), same.data(), some.size() * 4) == 0, "same bits", shape, isa);
+    }
+    const bool is_rounded = shape.bits <= 4 && std::strcmp(isa, "portable") != 0;
+    const std::vector<float> rough = run(kVectors, 3, true);
+    for (const int v : {0, 1, 7, 31, 127, kVectors - 1}) expect(product(rough, v, is_rounded), "rough product", shape, isa);
+    if (shape.rows * shape.cols > 1000) expect((rough == all) != is_rounded, "rounded to 8 bits", shape, isa);
+    for (const int count : {1, kMany, 35}) {
+        const std::vector<float> some = run(count, 1, true);
+        expect(std::memcmp(some.data(), count < kMany ? few.data() : rough.data(), some.size() * 4) == 0, "same rough bits", shape, isa);
     }
 }
 

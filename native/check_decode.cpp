@@ -208,7 +208,7 @@ std::vector<float> prompt(const std::vector<DecoderLayer>& layers, int tokens, i
     std::vector<float> hidden(static_cast<std::size_t>(tokens * kWidth)), normed(hidden.size()), outputs(hidden.size(), 0.25f);
     std::vector<float> cosine(static_cast<std::size_t>(tokens * kRotary / 2), 0.5f), sine(cosine.size(), 0.75f);
     for (std::size_t i = 0; i < hidden.size(); ++i) hidden[i] = static_cast<float>(i * 7 % 11) - 5.0f;
-    Prompt prompt(layers, kWidth, tokens, hidden.data(), normed.data(), cosine.data(), sine.data());
+    Prompt prompt(layers, kWidth, tokens, hidden.data(), normed.data(), cosine.data(), sine.data(), true);
     auto keys = array<float>(tokens * kKvHeads * kDim), values = array<float>(tokens * kKvHeads * kDim);
     auto experts = array<std::int64_t>(tokens * 3);
     auto weights = array<float>(tokens * 3);

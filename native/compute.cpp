@@ -123,8 +123,8 @@ void share(const std::vector<Product>& products, std::int64_t parts, int threads
 // Vectors as a kernel wants to read them.
 class PreparedVectors {
 public:
-    PreparedVectors(const Matrix& matrix, std::int64_t count, bool many)
-        : matrix_(matrix), kernel_(active().kernel(matrix, many)), stride_(kernel_.prepared_nbytes(matrix)), bytes_(count * stride_) {}
+    PreparedVectors(const Matrix& matrix, std::int64_t count, Batch batch)
+        : matrix_(matrix), kernel_(active().kernel(matrix, batch)), stride_(kernel_.prepared_nbytes(matrix)), bytes_(count * stride_) {}
 
     const Kernel& kernel() const { return kernel_; }
     const std::uint8_t* operator[](std::int64_t number) const { return bytes_.get() + number * stride_; }
@@ -156,6 +156,8 @@ void add_products(std::vector<Product>& products, const Linear& linear, const Ke
     for (int start = 0; start < count; start += kernel.most_vectors)
         products.push_back({matrix, kernel, std::min(count - start, kernel.most_vectors), x + start, y + start, linear.bias, nullptr, false});
 }
+
+Batch batch_of(int count, bool rough) { return count < kMany ? Batch::few : rough ? Batch::rough : Batch::many; }
 
 bool same_format(const Shape& a, const Shape& b) { return a.bits == b.bits && a.group_size == b.group_size; }
 
@@ -221,11 +223,11 @@ void first_half(const std::vector<Product>& products, const ExpertLayout& layout
 
 // A batch of experts' parts, over the rows of x as prepared.
 void compute(const Part* parts, std::size_t count, const Rows& rows, const PreparedVectors& outer,
-             const ExpertLayout& layout, bool many, int threads) {
+             const ExpertLayout& layout, Batch batch, int threads) {
     std::int64_t vectors = 0;
     for (std::size_t p = 0; p < count; ++p) vectors += parts[p].count;
     const Buffer<float> hidden(vectors * layout.first.rows), inner(vectors * layout.second.cols);
-    PreparedVectors between(layout.second.at(parts[0].task->record + layout.second_offset), vectors, many);
+    PreparedVectors between(layout.second.at(parts[0].task->record + layout.second_offset), vectors, batch);
 
     std::vector<Product> firsts(count), seconds(count);
     std::vector<const std::uint8_t*> first_x(static_cast<std::size_t>(vectors)), second_x = between.pointers(vectors);
@@ -259,18 +261,18 @@ void compute(const Part* parts, std::size_t count, const Rows& rows, const Prepa
 }
 
 // Tasks that are all of many rows or all of few.
-void experts_alike(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, bool many, int threads) {
+void experts_alike(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, Batch batch, int threads) {
     const Rows rows(tasks);
     if (rows.count() == 0) return;
-    PreparedVectors outer(layout.first.at(tasks[0].record + layout.first_offset), rows.count(), many);
+    PreparedVectors outer(layout.first.at(tasks[0].record + layout.first_offset), rows.count(), batch);
     outer.fill(rows.count(), threads, [&](std::int64_t place) { return x + rows[place] * layout.first.cols; });
     const Matrix second = layout.second.at(nullptr);
-    const std::vector<Part> parts = parts_of(tasks, std::min(outer.kernel().most_vectors, active().kernel(second, many).most_vectors));
+    const std::vector<Part> parts = parts_of(tasks, std::min(outer.kernel().most_vectors, active().kernel(second, batch).most_vectors));
     for (std::size_t start = 0; start < parts.size();) {
         std::size_t end = start;
         for (std::int64_t vectors = 0; end < parts.size() && (end == start || vectors + parts[end].count <= kBatch); ++end)
             vectors += parts[end].count;
-        compute(parts.data() + start, end - start, rows, outer, layout, many, threads);
+        compute(parts.data() + start, end - start, rows, outer, layout, batch, threads);
         start = end;
     }
 }
@@ -317,7 +319,7 @@ bool choose(const char* name) {
     return false;
 }
 
-void linears(const float* x, int count, const Linear* list, int n, int threads) {
+void linears(const float* x, int count, const Linear* list, int n, int threads, bool rough) {
     std::vector<std::unique_ptr<PreparedVectors>> prepared;  // for each format once
     std::vector<std::vector<const std::uint8_t*>> pointers;
     std::vector<const Shape*> formats;
@@ -331,7 +333,7 @@ void linears(const float* x, int count, const Linear* list, int n, int threads) 
         while (found < formats.size() && !same_format(*formats[found], shape)) ++found;
         if (found == formats.size()) {
             formats.push_back(&shape);
-            prepared.push_back(std::make_unique<PreparedVectors>(shape.at(list[i].packed), count, count >= kMany));
+            prepared.push_back(std::make_unique<PreparedVectors>(shape.at(list[i].packed), count, batch_of(count, rough)));
             prepared[found]->fill(count, threads, [&](std::int64_t v) { return x + v * shape.cols; });
             pointers.push_back(prepared[found]->pointers(count));
         }
@@ -341,16 +343,16 @@ void linears(const float* x, int count, const Linear* list, int n, int threads) 
 }
 
 void linear(const float* x, int count, const std::uint8_t* packed, const Shape& shape, const float* bias, float* out,
-            int threads) {
+            int threads, bool rough) {
     const Linear one{packed, shape, bias, out};
-    linears(x, count, &one, 1, threads);
+    linears(x, count, &one, 1, threads, rough);
 }
 
-void experts(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, int threads) {
+void experts(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, int threads, bool rough) {
     std::vector<Task> few, many;
     for (const Task& task : tasks) (task.count < kMany ? few : many).push_back(task);
-    experts_alike(x, few, layout, false, threads);
-    experts_alike(x, many, layout, true, threads);
+    experts_alike(x, few, layout, Batch::few, threads);
+    experts_alike(x, many, layout, batch_of(kMany, rough), threads);
 }
 
 void add_weighted(float* out, const float* x, const std::int64_t* rows, const float* weights, int count, std::int64_t width,

@@ -1,5 +1,6 @@
 // Products and experts over packed matrices, shared out to threads. Bit for bit the same for any number of threads, and
-// for a vector whatever the others are, but for one choice: a task of kMany vectors or more may have another kernel.
+// for a vector whatever the others are, but for one choice: a task of kMany vectors or more may have another kernel. That
+// may round vectors to 8 bits where `rough` says so, else to no less than 16.
 #pragma once
 
 #include <cstdint>
@@ -48,14 +49,14 @@ const Isa& active();
 bool choose(const char* name);
 
 // Each linear's out = x [count, cols] times its transposed matrix, plus its bias. All have x's columns.
-void linears(const float* x, int count, const Linear* list, int n, int threads);
+void linears(const float* x, int count, const Linear* list, int n, int threads, bool rough = false);
 
 // The same for one.
 void linear(const float* x, int count, const std::uint8_t* packed, const Shape& shape, const float* bias, float* out,
-            int threads);
+            int threads, bool rough = false);
 
 // Each task's out = second . gate(first . x[rows] + bias) + bias. x is [_, first.cols].
-void experts(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, int threads);
+void experts(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, int threads, bool rough = false);
 
 // out[rows[v]] += weights[v] * x[v] in their order; x: [count, width], out: [_, width].
 void add_weighted(float* out, const float* x, const std::int64_t* rows, const float* weights, int count, std::int64_t width,

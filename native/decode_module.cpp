@@ -243,10 +243,10 @@ void bind_decoder(nb::module_& module) {
         .def(
             "prompt",
             [](const Decoder& it, std::int64_t count, std::uintptr_t hidden, std::uintptr_t normed, std::uintptr_t cosine,
-               std::uintptr_t sine) {
+               std::uintptr_t sine, bool rough) {
                 check(count > 0 && count <= INT32_MAX, "a prompt has tokens");
                 return new Prompt(it.layers(), it.width(), count, pointer<float>(hidden), pointer<float>(normed),
-                                  pointer<const float>(cosine), pointer<const float>(sine));
+                                  pointer<const float>(cosine), pointer<const float>(sine), rough);
             },
             nb::keep_alive<0, 1>());
     nb::class_<Prompt>(module, "Prompt")

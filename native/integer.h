@@ -95,11 +95,11 @@ inline float largest(const float* x, std::int64_t count) {  // magnitude; a NaN 
     return magnitude;
 }
 
-// to[i] = x[i] / scale to the nearest integer, and the scale. What is infinite or no number makes the scale no number.
-inline float round_panel(const float* x, std::int64_t count, std::int32_t* to) {
+// to[i] = x[i] / scale to the nearest integer, at most `steps`, and the scale. What is infinite or no number makes the scale no number.
+inline float round_panel(const float* x, std::int64_t count, float steps, std::int32_t* to) {
     const float top = largest(x, count);
     const bool finite = top <= 3.4028235e38f;
-    const float scale = top / kTop, inverse = finite && scale >= 1e-37f ? 1.0f / scale : 0.0f;
+    const float scale = top / steps, inverse = finite && scale >= 1e-37f ? 1.0f / scale : 0.0f;
     for (std::int64_t i = 0; i < count; ++i) {
         const float value = (finite ? x[i] : 0.0f) * inverse + 12582912.0f;  // 1.5 * 2^23: the sum's last bit counts ones
         std::int32_t bits;
@@ -116,7 +116,7 @@ void round_vector(const Matrix& matrix, const float* x, std::int64_t panels, flo
     for (std::int64_t panel = 0; panel < panels; ++panel) {
         const std::int64_t start = panel * kPanel, left = matrix.cols - start;
         alignas(64) std::int32_t rounded[kPanel] = {};
-        if (left > 0) scales[panel] = round_panel(x + start, left < kPanel ? left : kPanel, rounded);
+        if (left > 0) scales[panel] = round_panel(x + start, left < kPanel ? left : kPanel, kTop, rounded);
         else scales[panel] = 0.0f;
         for (std::int64_t g = 0; g < kPanel / GROUP && start / GROUP + g < matrix.groups; ++g) {
             std::int32_t sum = 0;

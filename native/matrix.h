@@ -20,6 +20,9 @@ constexpr std::int64_t kBlock = 64;  // columns whose codes lie together
 constexpr int kMaxVectors = 128;     // vectors that any RowsFunction multiplies at a time
 constexpr int kMany = 8;             // vectors from which on another kernel may be the better one
 
+// Vectors that are multiplied together: fewer than kMany, as many or more, and such that may be rounded to 8 bits.
+enum class Batch { few, many, rough };
+
 // What stands between the two products of an expert. The first makes rows g, or g and as many u, all of g first or in
 // turns. alpha, limit and plus are 1, infinite and 0 where a family has nothing of the kind.
 enum class Function { silu, gelu, gelu_tanh, relu, relu2 };
@@ -95,7 +98,7 @@ struct Isa {
     const char* name;
     const char* title;
     bool (*supported)();
-    Kernel (*kernel)(const Matrix& matrix, bool many);  // for its bit width and group size, and kMany vectors or more
+    Kernel (*kernel)(const Matrix& matrix, Batch batch);  // for its bit width and group size
     Activate activate;
     Attend attend;
     Mix mix;

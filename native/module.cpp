@@ -54,7 +54,7 @@ void linears_at(std::uintptr_t x, int count, const std::vector<LinearAt>& list, 
 // Tasks are lists side by side: each expert's record, its rows (int64) and how many; outputs lie one after another.
 void experts_at(std::uintptr_t x, std::int64_t x_rows, const std::vector<std::uintptr_t>& records,
                 std::int64_t record_nbytes, const std::vector<std::uintptr_t>& rows, const std::vector<int>& counts,
-                const ExpertLayout& layout, std::uintptr_t out, int threads) {
+                const ExpertLayout& layout, std::uintptr_t out, int threads, bool rough) {
     check(records.size() == rows.size() && records.size() == counts.size(), "lists of different lengths");
     check(layout.first_offset + layout.first.nbytes() <= record_nbytes &&
               layout.second_offset + layout.second.nbytes() <= record_nbytes &&
@@ -71,7 +71,7 @@ void experts_at(std::uintptr_t x, std::int64_t x_rows, const std::vector<std::ui
         to += counts[t] * layout.second.rows;
     }
     nb::gil_scoped_release release;
-    experts(pointer<const float>(x), tasks, layout, threads);
+    experts(pointer<const float>(x), tasks, layout, threads, rough);
 }
 
 void add_weighted_at(std::uintptr_t out, std::int64_t out_rows, std::uintptr_t x, std::uintptr_t rows, std::uintptr_t weights,
@@ -84,7 +84,7 @@ void add_weighted_at(std::uintptr_t out, std::int64_t out_rows, std::uintptr_t x
 
 // Whether the compiled kernels are the faster ones for so many vectors.
 bool takes(const Shape& shape, int count) {
-    const Kernel kernel = active().kernel(shape.at(nullptr), count >= kMany);
+    const Kernel kernel = active().kernel(shape.at(nullptr), count < kMany ? Batch::few : Batch::many);
     return count <= kernel.most_vectors || kernel.for_many;
 }
 

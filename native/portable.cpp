@@ -57,7 +57,7 @@ struct Portable {
 
 bool supported() { return true; }
 
-Kernel kernel(const Matrix& matrix, bool) { return float_kernel<Portable>(matrix.bits); }
+Kernel kernel(const Matrix& matrix, Batch) { return float_kernel<Portable>(matrix.bits); }
 
 }  // namespace
 

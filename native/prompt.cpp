@@ -45,8 +45,8 @@ Linear linear_of(const Weights& weights, float* out) { return {weights.packed, w
 }  // namespace
 
 Prompt::Prompt(const std::vector<DecoderLayer>& layers, std::int64_t width, std::int64_t count, float* hidden, float* normed,
-               const float* cosine, const float* sine)
-    : layers_(layers), width_(width), count_(count), hidden_(hidden), normed_(normed), cosine_(cosine), sine_(sine) {}
+               const float* cosine, const float* sine, bool rough)
+    : layers_(layers), width_(width), count_(count), hidden_(hidden), normed_(normed), cosine_(cosine), sine_(sine), rough_(rough) {}
 
 template <class Body>
 void Prompt::each(int threads, const Body& body) const {
@@ -76,7 +76,7 @@ void Prompt::project(std::size_t layer, float* keys, float* values, int threads)
         const std::int64_t dim = it.head_dim, wide = it.heads * dim, narrow = it.kv_heads * dim;
         float *q = sized(q_, count_ * wide), *k = sized(a_, 2 * count_ * narrow), *v = k + count_ * narrow;
         const Linear projections[] = {linear_of(it.query, q), linear_of(it.key, k), linear_of(it.value, v)};
-        linears(normed_, count, projections, 3, threads);
+        linears(normed_, count, projections, 3, threads, rough_);
         each(threads, [&](std::int64_t token) {
             const std::int64_t turn = token * it.rotary_dim / 2;
             float *its_q = q + token * wide, *its_k = k + token * narrow, *its_v = v + token * narrow;
@@ -96,13 +96,13 @@ void Prompt::project(std::size_t layer, float* keys, float* values, int threads)
         const std::int64_t rank = it.query_down.shape.rows;
         float* down = sized(b_, count_ * rank);
         const Linear projections[] = {linear_of(it.query_down, down), linear_of(it.latent, latent)};
-        linears(normed_, count, projections, 2, threads);
+        linears(normed_, count, projections, 2, threads, rough_);
         each(threads, [&](std::int64_t token) { normalize(it.query_norm, down + token * rank, rank, down + token * rank); });
         const Linear up = linear_of(it.query, q);
-        linears(down, count, &up, 1, threads);
+        linears(down, count, &up, 1, threads, rough_);
     } else {
         const Linear projections[] = {linear_of(it.query, q), linear_of(it.latent, latent)};
-        linears(normed_, count, projections, 2, threads);
+        linears(normed_, count, projections, 2, threads, rough_);
     }
     each(threads, [&](std::int64_t token) {
         const float *cosine = cosine_ + token * it.rotary_dim / 2, *sine = sine_ + token * it.rotary_dim / 2;
@@ -132,7 +132,7 @@ void Prompt::attention(const Attention& it, const float* keys, const float* valu
     const Queries all{q, 0, 0, it.head_dim, it.head_dim, keys, values, wide, dim, dim, wide, length - count_, window, it.sinks, q, nullptr};
     attend_all(all, count_, it.heads, it.kv_heads, length * dim, length * dim, threads);
     const Linear output = linear_of(it.output, sized(out_, count_ * width_));
-    linears(q, static_cast<int>(count_), &output, 1, threads);
+    linears(q, static_cast<int>(count_), &output, 1, threads, rough_);
     add(out_.data(), threads);
 }
 
@@ -141,7 +141,7 @@ void Prompt::latent_attention(const LatentAttention& it, const float* latents, c
     const std::int64_t head_dim = it.nope_dim + it.rotary_dim, both = it.nope_dim + it.value_dim, wide = it.heads * both;
     float *up = sized(a_, length * wide), *keys = sized(b_, it.heads * length * head_dim);
     const Linear ups = linear_of(it.up, up);
-    linears(latents, static_cast<int>(length), &ups, 1, threads);
+    linears(latents, static_cast<int>(length), &ups, 1, threads, rough_);
     parallel_for(it.heads, threads, [&](std::int64_t head) {
         for (std::int64_t p = 0; p < length; ++p) {
             float* to = keys + (head * length + p) * head_dim;
@@ -155,7 +155,7 @@ void Prompt::latent_attention(const LatentAttention& it, const float* latents, c
                       out_dim, length - count_, window, nullptr, mixed.data(), nullptr};
     attend_all(all, count_, it.heads, it.heads, length * head_dim, both, threads);
     const Linear output = linear_of(it.output, sized(out_, count_ * width_));
-    linears(mixed.data(), static_cast<int>(count_), &output, 1, threads);
+    linears(mixed.data(), static_cast<int>(count_), &output, 1, threads, rough_);
     add(out_.data(), threads);
 }
 
@@ -164,17 +164,17 @@ void Prompt::mlp(const Mlp& it, int threads) {
     const std::int64_t inner = it.gate.shape.rows;
     float *gate = sized(a_, 2 * count_ * inner), *up = gate + count_ * inner, *out = sized(out_, count_ * width_);
     const Linear projections[] = {linear_of(it.gate, gate), linear_of(it.up, up)};
-    linears(normed_, count, projections, 2, threads);
+    linears(normed_, count, projections, 2, threads, rough_);
     each(threads, [&](std::int64_t token) {
         float* its = gate + token * inner;
         active().activate({Function::silu, Order::halves, 1.0f, INFINITY, 0.0f}, its, up + token * inner, 1, its, inner);
     });
     const Linear down = linear_of(it.down, out);
-    linears(gate, count, &down, 1, threads);
+    linears(gate, count, &down, 1, threads, rough_);
     if (!it.scale) return;
     float* logits = sized(a_, count_);
     const Linear scale = linear_of(it.scale, logits);
-    linears(normed_, count, &scale, 1, threads);
+    linears(normed_, count, &scale, 1, threads, rough_);
     each(threads, [&](std::int64_t token) {
         const float factor = sigmoid(logits[token]);
         for (std::int64_t i = 0; i < width_; ++i) out[token * width_ + i] *= factor;
@@ -185,7 +185,7 @@ void Prompt::route(const Router& it, std::int64_t* experts, float* weights, int 
     const std::int64_t size = it.weights.shape.rows, top_k = it.top_k;
     float* logits = sized(a_, count_ * size);
     const Linear gate = linear_of(it.weights, logits);
-    linears(normed_, static_cast<int>(count_), &gate, 1, threads);
+    linears(normed_, static_cast<int>(count_), &gate, 1, threads, rough_);
     each(threads, [&](std::int64_t token) {
         const Chosen chosen = choose(it, logits + token * size);
         std::vector<std::size_t> order(chosen.experts.size());

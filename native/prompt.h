@@ -12,9 +12,9 @@ namespace greenroom {
 class Prompt {
 public:
     // hidden, normed: [count, width], the caller's, as a Decoder's; cosine, sine: [count, rotary_dim / 2]. All of it,
-    // and the layers, must outlive the prompt.
+    // and the layers, must outlive the prompt. rough: see compute.h.
     Prompt(const std::vector<DecoderLayer>& layers, std::int64_t width, std::int64_t count, float* hidden, float* normed,
-           const float* cosine, const float* sine);
+           const float* cosine, const float* sine, bool rough);
 
     // The tokens' keys and values: [kv_heads, count, head_dim] both; for latent attention the latents [count, latent_dim]
     // and the turned keys [count, rotary_dim].
@@ -45,6 +45,7 @@ private:
     const std::int64_t width_, count_;
     float *hidden_, *normed_;
     const float *cosine_, *sine_;
+    const bool rough_;
     std::vector<float> q_, a_, b_, out_;
 };
 

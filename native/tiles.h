@@ -10,26 +10,48 @@
 namespace greenroom {
 namespace {
 
-constexpr int kTileRows = 32;    // two registers of sums
-constexpr int kTileVectors = 6;  // 12 sums in integers and 12 in floats: what 32 registers hold beside codes
-constexpr int kQuad = 4;         // neighbouring columns that one element of a register multiplies
-constexpr int kQuads = 4;        // in the smallest group
+constexpr int kHalves = 2;  // registers of sums: kHalves * kWidth rows
+constexpr int kQuad = 4;    // neighbouring columns that one element of a register multiplies
+constexpr int kQuads = 4;   // in the smallest group
 
-// Where the parts of a prepared vector lie: hi and lo, each in the order of the columns; xs per panel; X per group.
+template <class V>
+constexpr int kTileRows = kHalves * V::kWidth;
+
+// Where the parts of a prepared vector lie. Two planes: hi and lo, each in the order of the columns; xs per panel; X per
+// group. One: bytes; xs and X per group.
 struct PreparedPlanes {
     std::int64_t columns, panels, scales, sums, nbytes;
 
-    explicit PreparedPlanes(const Matrix& matrix)
+    PreparedPlanes(const Matrix& matrix, int planes)
         : columns((matrix.groups * matrix.group_size + 63) / 64 * 64),
           panels((columns + kPanel - 1) / kPanel),
-          scales(2 * columns),
-          sums(scales + (panels * 4 + 63) / 64 * 64),
+          scales(planes * columns),
+          sums(scales + ((planes == 2 ? panels : matrix.groups) * 4 + 63) / 64 * 64),
           nbytes(sums + padded_groups(matrix) * 4) {}
 };
 
+// Rounded to 8 bits, with a scale for each group: at most max |x| / 254 an element, about 0.6 % of a group's norm.
+template <int GROUP>
+void prepare_bytes(const Matrix& matrix, const float* x, std::uint8_t* prepared) {
+    const PreparedPlanes at(matrix, 1);
+    float* scales = reinterpret_cast<float*>(prepared + at.scales);
+    float* sums = reinterpret_cast<float*>(prepared + at.sums);
+    for (std::int64_t column = matrix.cols; column < at.columns; ++column) prepared[column] = 0;
+    for (std::int64_t g = 0; g < matrix.groups; ++g) {
+        const std::int64_t start = g * GROUP, left = matrix.cols - start, count = left < 0 ? 0 : left < GROUP ? left : GROUP;
+        std::int32_t rounded[GROUP], sum = 0;
+        scales[g] = round_panel(count > 0 ? x + start : x, count, 127.0f, rounded);
+        for (std::int64_t i = 0; i < count; ++i) {
+            prepared[start + i] = static_cast<std::uint8_t>(rounded[i]);
+            sum += rounded[i];
+        }
+        sums[g] = static_cast<float>(sum) * scales[g];
+    }
+}
+
 template <int GROUP>
 void prepare_planes(const Matrix& matrix, const float* x, std::uint8_t* prepared) {
-    const PreparedPlanes at(matrix);
+    const PreparedPlanes at(matrix, 2);
     float* scales = reinterpret_cast<float*>(prepared + at.scales);
     float* sums = reinterpret_cast<float*>(prepared + at.sums);
     round_vector<GROUP>(matrix, x, at.panels, scales, sums, [&](std::int64_t start, const std::int32_t* rounded) {
@@ -49,13 +71,13 @@ struct TurnedPanel {
     const std::uint8_t* codes;
     const float *scale, *offset;
     int rows, groups, group_quads;
-    std::int64_t number;
+    std::int64_t number, first_group;
 };
 
 // Adds the panel's products to T vectors' results, or begins them with the first panel.
-template <class V, int T>
+template <class V, int PLANES, int T>
 void add_panel(const TurnedPanel& panel, const PreparedPlanes& at, const std::uint8_t* const* x, float* const* y) {
-    constexpr int W = V::kWidth, kHalves = kTileRows / W;
+    constexpr int W = V::kWidth, R = kTileRows<V>;
     typename V::F total[kHalves][T];
     for (int h = 0; h < kHalves; ++h)
         for (int n = 0; n < T; ++n) total[h][n] = V::zero();
@@ -63,31 +85,42 @@ void add_panel(const TurnedPanel& panel, const PreparedPlanes& at, const std::ui
         typename V::I sum[kHalves][T];
         for (int h = 0; h < kHalves; ++h)
             for (int n = 0; n < T; ++n) sum[h][n] = V::none();
-        const std::uint8_t* group = panel.codes + g * panel.group_quads * kTileRows * kQuad;
+        const std::uint8_t* group = panel.codes + g * panel.group_quads * R * kQuad;
         std::int64_t column = panel.number * kPanel + g * panel.group_quads * kQuad;
-        for (int plane = 0; plane < 2; ++plane, column += at.columns) {
-            for (int quads = 0; quads < panel.group_quads; quads += kQuads)
+        for (int plane = 0; plane < PLANES; ++plane, column += at.columns) {
+            for (int quads = 0; quads < panel.group_quads; quads += kQuads) {
+                typename V::I part[kHalves][T];  // of four quads: as far as 16 bits may hold a sum
+                for (int h = 0; h < kHalves; ++h)
+                    for (int n = 0; n < T; ++n) part[h][n] = V::begin_part(sum[h][n]);
 #pragma GCC unroll 4
                 for (int quad = 0; quad < kQuads; ++quad) {
-                    const std::uint8_t* at_quad = group + (quads + quad) * kTileRows * kQuad;
+                    const std::uint8_t* at_quad = group + (quads + quad) * R * kQuad;
                     typename V::I codes[kHalves];
                     for (int h = 0; h < kHalves; ++h) codes[h] = V::load_bytes(at_quad + h * W * kQuad);
                     for (int n = 0; n < T; ++n) {
                         const typename V::I four = V::repeat_four(x[n] + column + (quads + quad) * kQuad);
-                        for (int h = 0; h < kHalves; ++h) sum[h][n] = V::add_products(sum[h][n], codes[h], four);
+                        for (int h = 0; h < kHalves; ++h) part[h][n] = V::add_products(part[h][n], codes[h], four);
                     }
                 }
-            if (plane == 0)
+                for (int h = 0; h < kHalves; ++h)
+                    for (int n = 0; n < T; ++n) sum[h][n] = V::end_part(sum[h][n], part[h][n]);
+            }
+            if (PLANES == 2 && plane == 0)
                 for (int h = 0; h < kHalves; ++h)
                     for (int n = 0; n < T; ++n) sum[h][n] = V::times256(sum[h][n]);
         }
-        for (int h = 0; h < kHalves; ++h) {
-            const typename V::F scale = V::load(panel.scale + g * kTileRows + h * W);
-            for (int n = 0; n < T; ++n) total[h][n] = V::fma(V::from_integers(sum[h][n]), scale, total[h][n]);
+        typename V::F scale[kHalves];
+        for (int h = 0; h < kHalves; ++h) scale[h] = V::load(panel.scale + g * R + h * W);
+        for (int n = 0; n < T; ++n) {
+            const typename V::F xs = V::set1(PLANES == 1 ? reinterpret_cast<const float*>(x[n] + at.scales)[panel.first_group + g] : 1.0f);
+            for (int h = 0; h < kHalves; ++h) {
+                const typename V::F value = V::from_integers(sum[h][n]);
+                total[h][n] = V::fma(PLANES == 1 ? V::mul(value, xs) : value, scale[h], total[h][n]);
+            }
         }
     }
     for (int n = 0; n < T; ++n) {
-        const typename V::F xs = V::set1(reinterpret_cast<const float*>(x[n] + at.scales)[panel.number]);
+        const typename V::F xs = V::set1(PLANES == 1 ? 1.0f : reinterpret_cast<const float*>(x[n] + at.scales)[panel.number]);
         for (int h = 0; h < kHalves; ++h) {
             const typename V::F before = panel.number == 0 ? V::zero() : V::load_some(y[n] + h * W, panel.rows - h * W);
             total[h][n] = V::fma(total[h][n], xs, before);
@@ -95,28 +128,27 @@ void add_panel(const TurnedPanel& panel, const PreparedPlanes& at, const std::ui
     }
     for (int g = 0; g < panel.groups; ++g)
         for (int n = 0; n < T; ++n) {
-            const float* sums = reinterpret_cast<const float*>(x[n] + at.sums);
-            const typename V::F its = V::set1(sums[panel.number * (kPanel / kQuad / panel.group_quads) + g]);
-            for (int h = 0; h < kHalves; ++h)
-                total[h][n] = V::fma(V::load(panel.offset + g * kTileRows + h * W), its, total[h][n]);
+            const typename V::F its = V::set1(reinterpret_cast<const float*>(x[n] + at.sums)[panel.first_group + g]);
+            for (int h = 0; h < kHalves; ++h) total[h][n] = V::fma(V::load(panel.offset + g * R + h * W), its, total[h][n]);
         }
     for (int n = 0; n < T; ++n)
         for (int h = 0; h < kHalves; ++h) V::store_some(y[n] + h * W, panel.rows - h * W, total[h][n]);
 }
 
 // The same for any number of vectors, in tiles of nearly equal size.
-template <class V>
+template <class V, int PLANES>
 void add_panel_to_all(const TurnedPanel& panel, const PreparedPlanes& at, const std::uint8_t* const* x, int count,
                       float* const* y) {
-    for (int tiles = (count + kTileVectors - 1) / kTileVectors; tiles > 0; --tiles) {
+    constexpr int most = V::kTileVectors;
+    for (int tiles = (count + most - 1) / most; tiles > 0; --tiles) {
         const int size = (count + tiles - 1) / tiles;
         switch (size) {
-            case 1: add_panel<V, 1>(panel, at, x, y); break;
-            case 2: add_panel<V, 2>(panel, at, x, y); break;
-            case 3: add_panel<V, 3>(panel, at, x, y); break;
-            case 4: add_panel<V, 4>(panel, at, x, y); break;
-            case 5: add_panel<V, 5>(panel, at, x, y); break;
-            default: add_panel<V, kTileVectors>(panel, at, x, y); break;
+            case 1: add_panel<V, PLANES, 1>(panel, at, x, y); break;
+            case 2: add_panel<V, PLANES, 2>(panel, at, x, y); break;
+            case 3: add_panel<V, PLANES, most < 3 ? most : 3>(panel, at, x, y); break;
+            case 4: add_panel<V, PLANES, most < 4 ? most : 4>(panel, at, x, y); break;
+            case 5: add_panel<V, PLANES, most < 5 ? most : 5>(panel, at, x, y); break;
+            default: add_panel<V, PLANES, most>(panel, at, x, y); break;
         }
         x += size;
         y += size;
@@ -129,12 +161,12 @@ void add_panel_to_all(const TurnedPanel& panel, const PreparedPlanes& at, const 
 template <class V, int BITS>
 void turn_codes(const Matrix& matrix, std::int64_t row, int rows, std::int64_t start, std::uint8_t* to) {
     using C = Chunk<V, BITS, 64>;
-    constexpr int W = V::kWidth;
-    const std::int64_t next = start + kPanel < matrix.cols ? kPanel / 8 * BITS : kTileRows * matrix.code_row_bytes - start / 8 * BITS;
+    constexpr int W = V::kWidth, R = kTileRows<V>;
+    const std::int64_t next = start + kPanel < matrix.cols ? kPanel / 8 * BITS : R * matrix.code_row_bytes - start / 8 * BITS;
     for (std::int64_t column = 0; column < kPanel; column += C::columns) {
         const std::int64_t byte = (start + column) / 8 * BITS;
         if (byte >= matrix.code_row_bytes) return;
-        for (int first = 0; first < kTileRows; first += W) {
+        for (int first = 0; first < R; first += W) {
             typename V::template Packed<BITS> packed[W];
             for (int r = 0; r < W; ++r) {
                 const bool there = first + r < rows;
@@ -148,7 +180,7 @@ void turn_codes(const Matrix& matrix, std::int64_t row, int rows, std::int64_t s
                 V::transpose(quads);
                 for (int q = 0; q < W; ++q) {  // quads in the order in which a chunk holds them
                     const int its = kQuad * q / C::lane * 64 + v * C::lane + kQuad * q % C::lane;
-                    V::store_bytes(to + (column + its) * kTileRows + first * kQuad, quads[q]);
+                    V::store_bytes(to + (column + its) * R + first * kQuad, quads[q]);
                 }
             }
         }
@@ -158,9 +190,9 @@ void turn_codes(const Matrix& matrix, std::int64_t row, int rows, std::int64_t s
 // The scales and offsets of `rows` rows, [groups, kTileRows] each. scratch: 2 * kWidth * padded_groups floats.
 template <class V>
 void turn_groups(const Matrix& matrix, std::int64_t row, int rows, float* scale, float* offset, float* scratch) {
-    constexpr int W = V::kWidth;
+    constexpr int W = V::kWidth, R = kTileRows<V>;
     const std::int64_t stride = padded_groups(matrix);
-    for (int first = 0; first < kTileRows; first += W) {
+    for (int first = 0; first < R; first += W) {
         for (int r = 0; r < W; ++r)  // what is not there repeats what is; its codes are zeros, its result is not stored
             decode_groups<V>(matrix, row + (first + r < rows ? first + r : 0), nullptr, scratch + r * stride,
                              [&](std::int64_t group, typename V::F value) { V::store(scratch + (W + r) * stride + group, value); });
@@ -169,57 +201,60 @@ void turn_groups(const Matrix& matrix, std::int64_t row, int rows, float* scale,
                 typename V::I values[W];
                 for (int r = 0; r < W; ++r) values[r] = V::load_bytes(scratch + (which * W + r) * stride + group);
                 V::transpose(values);
-                float* to = (which == 0 ? scale : offset) + group * kTileRows + first;
-                for (int g = 0; g < W; ++g) V::store_bytes(to + g * kTileRows, values[g]);
+                float* to = (which == 0 ? scale : offset) + group * R + first;
+                for (int g = 0; g < W; ++g) V::store_bytes(to + g * R, values[g]);
             }
     }
 }
 
-template <class V, int BITS>
+template <class V, int BITS, int PLANES>
 void tiled_rows(const Matrix& matrix, std::int64_t first, std::int64_t last, const std::uint8_t* const* x, int count,
                 float* const* y, float* scratch) {
-    const PreparedPlanes at(matrix);
+    constexpr int R = kTileRows<V>;
+    const PreparedPlanes at(matrix, PLANES);
     const std::int64_t stride = padded_groups(matrix);
-    float *scale = scratch, *offset = scale + kTileRows * stride, *rest = offset + kTileRows * stride;
+    float *scale = scratch, *offset = scale + R * stride, *rest = offset + R * stride;
     std::uint8_t* codes = reinterpret_cast<std::uint8_t*>(rest);  // once the groups are turned
     const int panel_groups = static_cast<int>(kPanel / matrix.group_size);
-    for (; first < last; first += kTileRows) {
-        const int rows = static_cast<int>(last - first < kTileRows ? last - first : kTileRows);
+    for (; first < last; first += R) {
+        const int rows = static_cast<int>(last - first < R ? last - first : R);
         float* to[V::most_vectors];
         for (int n = 0; n < count; ++n) to[n] = y[n] + first;
         turn_groups<V>(matrix, first, rows, scale, offset, rest);
         for (std::int64_t panel = 0; panel < at.panels; ++panel) {
             turn_codes<V, BITS>(matrix, first, rows, panel * kPanel, codes);
             const std::int64_t group = panel * panel_groups, left = matrix.groups - group;
-            const TurnedPanel turned{codes, scale + group * kTileRows, offset + group * kTileRows, rows,
+            const TurnedPanel turned{codes, scale + group * R, offset + group * R, rows,
                                      static_cast<int>(left < panel_groups ? left : panel_groups),
-                                     matrix.group_size / kQuad, panel};
-            add_panel_to_all<V>(turned, at, x, count, to);
+                                     matrix.group_size / kQuad, panel, group};
+            add_panel_to_all<V, PLANES>(turned, at, x, count, to);
         }
     }
 }
 
-template <class V, int BITS, int GROUP>
+template <class V, int BITS, int GROUP, int PLANES>
 struct Tiled {
-    static constexpr int rows_at_once = kTileRows, most_vectors = V::most_vectors;
+    static constexpr int rows_at_once = kTileRows<V>, most_vectors = V::most_vectors;
     static constexpr bool for_many = true;
 
-    static std::int64_t prepared_nbytes(const Matrix& matrix) { return PreparedPlanes(matrix).nbytes; }
+    static std::int64_t prepared_nbytes(const Matrix& matrix) { return PreparedPlanes(matrix, PLANES).nbytes; }
     static std::int64_t scratch_floats(const Matrix& matrix) {
-        const std::int64_t groups = 2 * V::kWidth * padded_groups(matrix), codes = kPanel * kTileRows / 4;
-        return 2 * kTileRows * padded_groups(matrix) + (groups > codes ? groups : codes);
+        const std::int64_t groups = 2 * V::kWidth * padded_groups(matrix), codes = kPanel * kTileRows<V> / 4;
+        return 2 * kTileRows<V> * padded_groups(matrix) + (groups > codes ? groups : codes);
     }
-    static void prepare(const Matrix& matrix, const float* x, std::uint8_t* to) { prepare_planes<GROUP>(matrix, x, to); }
-    static constexpr RowsFunction rows = tiled_rows<V, BITS>;
+    static void prepare(const Matrix& matrix, const float* x, std::uint8_t* to) {
+        PLANES == 1 ? prepare_bytes<GROUP>(matrix, x, to) : prepare_planes<GROUP>(matrix, x, to);
+    }
+    static constexpr RowsFunction rows = tiled_rows<V, BITS, PLANES>;
 };
 
-template <class V, int BITS>
+template <class V, int BITS, int PLANES>
 Kernel tiled_kernel(int group_size) {
     switch (group_size) {
-        case 16: return kernel_of<Tiled<V, BITS, 16>>();
-        case 32: return kernel_of<Tiled<V, BITS, 32>>();
-        case 64: return kernel_of<Tiled<V, BITS, 64>>();
-        default: return kernel_of<Tiled<V, BITS, 128>>();
+        case 16: return kernel_of<Tiled<V, BITS, 16, PLANES>>();
+        case 32: return kernel_of<Tiled<V, BITS, 32, PLANES>>();
+        case 64: return kernel_of<Tiled<V, BITS, 64, PLANES>>();
+        default: return kernel_of<Tiled<V, BITS, 128, PLANES>>();
     }
 }
 

@@ -306,7 +306,14 @@ def test_a_cell_that_fails_leaves_the_others(
 
 def test_greenroom_s_worker_reads_what_the_cache_core_predicts(tmp_path: Path) -> None:
     synthetic.write(tmp_path / "model", TINY, PAIRINGS["4"])
-    job = {"model": str(tmp_path / "model"), "threads": 1, "context": 64, "ram": 1 << 30, "first": [1]}
+    job = {
+        "model": str(tmp_path / "model"),
+        "threads": 1,
+        "context": 64,
+        "ram": 1 << 30,
+        "activation_bits": 16,
+        "first": [1],
+    }
     cell = Cell(shape=TINY, pairing=PAIRINGS["4"], fits=0.5, routing="uniform", prompt=8, tokens=4)
     command = [sys.executable, "-m", "benchmarks.greenroom_worker", json.dumps(job)]
     with Worker("greenroom", command) as worker:

@@ -119,9 +119,9 @@ def on_the_clock(monkeypatch: pytest.MonkeyPatch, device: FakeDevice, seconds: f
     """The CPU takes `seconds` an expert."""
     real = kernels.experts
 
-    def slow(x: torch.Tensor, tasks: Any, *others: Any) -> Any:
+    def slow(x: torch.Tensor, tasks: Any, *others: Any, **options: Any) -> Any:
         device.work(seconds * len(tasks))
-        return real(x, tasks, *others)
+        return real(x, tasks, *others, **options)
 
     monkeypatch.setattr(kernels, "experts", slow)
 

@@ -42,6 +42,7 @@ class EngineSettings:
     `staging`: buffers beside the slots, for guesses and for experts that get no slot (the paper's b); None for as many
     as keep the readers busy. `prefetch`: experts guessed at most per token and layer ahead, loaded where that pays;
     None for guesses on the CPU, where experts are missing, and none on a GPU. `lookahead`: how many layers ahead.
+    `activation_bits`: of a prompt's activations on the CPU, beside weights of 4 bits or fewer: 16, or 8 for speed.
     `context`: tokens of KV cache to reserve memory for; `prompt_chunk`: the most tokens of a prompt that go through the
     model at once, whose activations are reserved. `reserve`: bytes that whoever runs the model takes for its own work,
     counted with the working set. `readers`: reads in flight.
@@ -56,6 +57,7 @@ class EngineSettings:
     cpu_experts: bool = True
     prefetch: "int | None" = None
     lookahead: int = 1
+    activation_bits: int = 16
     context: int = 2048
     prompt_chunk: int = 512
     reserve: int = 0
@@ -65,6 +67,8 @@ class EngineSettings:
     def __post_init__(self) -> None:
         _at_least(1, ram=self.ram, vram=self.vram, staging=self.staging, lookahead=self.lookahead, context=self.context)
         _at_least(1, prompt_chunk=self.prompt_chunk, readers=self.readers)
+        if self.activation_bits not in (8, 16):
+            raise ConfigError(f"activation_bits must be 8 or 16, not {self.activation_bits!r}")
         _at_least(
             0,
             reserve=self.reserve,

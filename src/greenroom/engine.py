@@ -1,6 +1,7 @@
 """The composition root: the only place that constructs store, cache, transfer, prefetcher, runner and model."""
 
 import dataclasses
+import functools
 import random
 import statistics
 from collections.abc import Callable
@@ -75,8 +76,10 @@ class Engine:
         self._shuffle = shuffle.shuffle if shuffle else None
         self.curve = MissRatioCurve(len(packed.manifest.experts))
         """LRU's hit rates for every number of slots, estimated while tokens are decoded"""
+        rough = settings.activation_bits == 8
+        self._experts = functools.partial(kernels.experts, rough=rough)
         self.runner = self._on_cpu() if self.device is None else self._on_device(self.device, slots_kernel)
-        self.decode = DecodeStep(self.model.base_model, self.runner.token)
+        self.decode = DecodeStep(self.model.base_model, self.runner.token, rough)
         self.steps: LayerSteps | None = None
         if isinstance(self.runner, DeviceRunner) and self.device is not None:
             self.decode.enabled = False
@@ -89,7 +92,7 @@ class Engine:
         """Slots in RAM, the rest on disk."""
         arena = Arena(self.plan.slots + self.plan.staging_buffers, self.plan.record_nbytes)
         self._transfer: Transfer | TierTransfer = Transfer(self._store, arena, self.settings.readers, self._shuffle)
-        return ExpertRunner(arena=arena, kernel=kernels.experts, **self._parts())
+        return ExpertRunner(arena=arena, kernel=self._experts, **self._parts())
 
     def _on_device(self, device: Device, slots_kernel: "over_slots.SlotsKernel | None") -> DeviceRunner:
         """Slots on the device, what it lacks in RAM as far as that goes, the rest on disk."""
@@ -117,7 +120,7 @@ class Engine:
             arena=arena,
             device=device,
             slots_kernel=slots_kernel or over_slots.choose(device.place),
-            cpu_kernel=kernels.experts,
+            cpu_kernel=self._experts,
             placement=Placement(settings.cpu_experts),
             **self._parts(),
         )

@@ -235,6 +235,7 @@ def load(
     cpu_experts: bool = True,
     prefetch: "int | None" = None,
     lookahead: int = 1,
+    activation_bits: int = 16,
     context: int = 2048,
     staging: "int | None" = None,
     readers: int = 4,
@@ -246,11 +247,13 @@ def load(
     process may hold, in bytes or as "8GiB"; None takes what the machine can spare. `vram`: what it may hold on the GPU;
     None computes on the CPU. `experts_per_layer`: slots per layer (the paper's k) instead. `dtype`: of activations, by
     default float32, on a GPU bfloat16, or float16 where it has none. `cpu_experts`: with `vram`, compute on the CPU
-    what the GPU lacks where that is faster than moving it. `*_bits`, `group_size`: as in `pack`. `policy`: "lru",
-    "lfu", "s3fifo", "frequency-age", "probability" or "learned", per layer, or over all layers with the suffix
-    "-shared". `prefetch`: experts guessed at most per layer and token (None: on the CPU as many as pay, none on a GPU);
-    `lookahead`: how many layers ahead. `context`: tokens of KV cache to reserve room for. `staging`: buffers beside the
-    slots (None: two to four); `readers`: reads in flight; `validate`: check the cache's invariants.
+    what the GPU lacks where that is faster than moving it. `expert_bits`, `attention_bits`, `head_bits`, `group_size`:
+    as in `pack`. `policy`: "lru", "lfu", "s3fifo", "frequency-age", "probability" or "learned", per layer, or over all
+    layers with the suffix "-shared". `prefetch`: experts guessed at most per layer and token (None: on the CPU as many
+    as pay, none on a GPU); `lookahead`: how many layers ahead. `activation_bits`: 8 rounds a prompt's activations on
+    the CPU further than 16, for speed (docs/performance.md). `context`: tokens of KV cache to reserve room for.
+    `staging`: buffers beside the slots (None: two to four); `readers`: reads in flight; `validate`: check the cache's
+    invariants.
 
     The model is a usual one: `generate`, past key values, padding, streamers, stopping criteria. `model.greenroom` is
     its engine: `.plan`, `.metrics()`, `.close()`.
@@ -266,6 +269,7 @@ def load(
         cpu_experts=cpu_experts,
         prefetch=prefetch,
         lookahead=lookahead,
+        activation_bits=activation_bits,
         context=context,
         staging=staging,
         readers=readers,

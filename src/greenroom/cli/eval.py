@@ -61,6 +61,8 @@ def execute(options: argparse.Namespace) -> int:
         raise ConfigError("--no-original goes with neither --original nor --receipt: leave it out")
     if options.cells is not None and not options.grid:
         raise ConfigError("--cells keeps the scores of a grid: add --grid")
+    if options.activation_bits != 16 and (options.grid or options.receipt):
+        raise ConfigError("--activation-bits tells nothing of weights: leave it out with --grid and --receipt")
     if options.grid:
         grid.check(options)
     text = read_text(options.text)
@@ -114,7 +116,7 @@ def _tasks(options: argparse.Namespace) -> int:
     return 0
 
 
-_MEMORY = ("ram", "experts_per_layer", "policy", "prefetch", "lookahead")
+_MEMORY = ("ram", "experts_per_layer", "policy", "prefetch", "lookahead", "activation_bits")
 
 
 def read_text(path: str) -> "Text":

@@ -53,6 +53,13 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
         help="experts guessed at most per layer ahead; 0 guesses none (default: as many as pay, none on a GPU)",
     )
     group.add_argument("--lookahead", type=int, default=1, metavar="D", help="layers to guess ahead (default 1)")
+    group.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=(16, 8),
+        default=16,
+        help="of a prompt's activations on the CPU: 8 reads prompts up to 1.6 times as fast, slightly less exactly",
+    )
     group.add_argument("--context", type=int, default=None, metavar="TOKENS", help="tokens of KV cache to reserve")
 
 
@@ -76,6 +83,7 @@ def settings_of(options: argparse.Namespace, context: int) -> "EngineSettings":
         cpu_experts=not options.no_cpu_experts,
         prefetch=options.prefetch,
         lookahead=options.lookahead,
+        activation_bits=options.activation_bits,
         context=context if options.context is None else options.context,
     )
 

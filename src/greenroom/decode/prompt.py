@@ -17,14 +17,20 @@ Extend = Callable[[int, torch.Tensor, torch.Tensor], "tuple[torch.Tensor, torch.
 
 
 class Prompt:
-    """The residual stream `hidden` [n, H], and its way through the layers, one after another."""
+    """The residual stream `hidden` [n, H], and its way through the layers, one after another. `rough`: see
+    `kernels.native.experts`; here for projections."""
 
-    def __init__(self, parts: DecoderParts, decoder: Any, hidden: torch.Tensor, turn: Turn) -> None:
+    def __init__(self, parts: DecoderParts, decoder: Any, hidden: torch.Tensor, turn: Turn, rough: bool) -> None:
         assert hidden.is_contiguous() and hidden.dtype == torch.float32 and len(hidden) == len(turn.cosine)
         self.hidden, self._parts, self._turn = hidden, parts, turn
         self._normed = torch.empty_like(hidden)
         self._compiled = decoder.prompt(
-            len(hidden), hidden.data_ptr(), self._normed.data_ptr(), turn.cosine.data_ptr(), turn.sine.data_ptr()
+            len(hidden),
+            hidden.data_ptr(),
+            self._normed.data_ptr(),
+            turn.cosine.data_ptr(),
+            turn.sine.data_ptr(),
+            rough,
         )
 
     def layer(self, index: int, extend: Extend) -> None:

@@ -53,11 +53,11 @@ class DecodeStep:
     """`base.forward` with a fast way for the next tokens of one sequence.
 
     `reason` says why the fast way is not taken, in words; empty while it is. It is described and proved at the first
-    token that could take it.
+    token that could take it. `rough`: see `kernels.native.experts`; here for a prompt's projections.
     """
 
-    def __init__(self, base: Any, serve: ServeToken) -> None:
-        self._base, self._serve = base, serve
+    def __init__(self, base: Any, serve: ServeToken, rough: bool = False) -> None:
+        self._base, self._serve, self._rough = base, serve, rough
         self._modules_forward, self._modules = base.forward, list(base.modules())
         self._parts: DecoderParts | None = None
         self._decoder: Any = None
@@ -194,9 +194,8 @@ class DecodeStep:
     def prompt(self, hidden: torch.Tensor, positions: "list[int]") -> Prompt:
         """`hidden` [n, H], embedded tokens at `positions`, ready for the layers, which work on it in place."""
         assert self._parts is not None
-        return Prompt(
-            self._parts, self._decoder, hidden.contiguous(), Turn(self._parts.rotary, positions, self._parts.width)
-        )
+        turn = Turn(self._parts.rotary, positions, self._parts.width)
+        return Prompt(self._parts, self._decoder, hidden.contiguous(), turn, self._rough)
 
     def layer(self, index: int, half: kv.HalfKV, turn: Turn, serve: ServeToken) -> None:
         """The residual stream through one layer."""

@@ -32,6 +32,7 @@ def experts(
     layout: ExpertLayout,
     out: int,
     threads: int,
+    rough: bool,
 ) -> None: ...
 def add_weighted(
     out: int, out_rows: int, x: int, rows: int, weights: int, count: int, width: int, threads: int

@@ -15,17 +15,23 @@ from greenroom.threads import lent_to_torch
 
 
 def experts(
-    x: torch.Tensor, tasks: "Sequence[ExpertTask]", layout: "Sequence[RecordTensor]", activation: Activation
+    x: torch.Tensor,
+    tasks: "Sequence[ExpertTask]",
+    layout: "Sequence[RecordTensor]",
+    activation: Activation,
+    rough: bool = False,
 ) -> "list[torch.Tensor]":
-    """An `ExpertsKernel`: what the compiled kernels take in one call, the others by the reference."""
+    """An `ExpertsKernel`: what the compiled kernels take in one call, the others by the reference. `rough`: see
+    `native.experts`."""
     taken = [native.takes(x, task, layout) for task in tasks]
     if all(taken) and tasks:
-        return native.experts(x, tasks, layout, activation)
+        return native.experts(x, tasks, layout, activation, rough)
     if not any(taken):
         with lent_to_torch():
             return reference.experts(x, tasks, layout, activation)
     left = [task for task, takes in zip(tasks, taken, strict=True) if not takes]
-    ours = iter(native.experts(x, [t for t, takes in zip(tasks, taken, strict=True) if takes], layout, activation))
+    mine = [task for task, takes in zip(tasks, taken, strict=True) if takes]
+    ours = iter(native.experts(x, mine, layout, activation, rough))
     with lent_to_torch():
         theirs = iter(reference.experts(x, left, layout, activation))
     return [next(ours if takes else theirs) for takes in taken]

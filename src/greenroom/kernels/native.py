@@ -93,9 +93,14 @@ def takes(x: torch.Tensor, task: ExpertTask, layout: "Sequence[RecordTensor]") -
 
 
 def experts(
-    x: torch.Tensor, tasks: "Sequence[ExpertTask]", layout: "Sequence[RecordTensor]", activation: Activation
+    x: torch.Tensor,
+    tasks: "Sequence[ExpertTask]",
+    layout: "Sequence[RecordTensor]",
+    activation: Activation,
+    rough: bool = False,
 ) -> "list[torch.Tensor]":
-    """As the reference's `experts`, for tasks that `takes` takes."""
+    """As the reference's `experts`, for tasks that `takes` takes. `rough`: activations of tasks of 8 rows and more may
+    be rounded to 8 bits, where weights have 4 or fewer."""
     if not activation.kind:
         return [_expert(x[task.rows], task.record, layout, activation) for task in tasks]
     x = x.contiguous()
@@ -111,6 +116,7 @@ def experts(
         _layout(tuple(layout), activation.kind),
         out.data_ptr(),
         threads.count(),
+        rough,
     )
     found = torch.split(out, counts)
     return list(found) if activation.after is None else [activation.after(one) for one in found]
