@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gguf_file, limits, routing
+from benchmarks.report import EIGHT_BITS
 from benchmarks.shapes import Pairing, Shape
 from benchmarks.turns import Worker
 from benchmarks.work import Work, size_of
@@ -75,7 +76,9 @@ class Bench:
         ours, theirs = self.work.models(cell.shape, cell.pairing, self.peer is not None)
         nbytes = {"greenroom": size_of(ours), **({"llama.cpp": size_of(theirs)} if theirs else {})}
         limit = None if cell.fits == 1 else int(cell.fits * max(nbytes.values()))
-        engines = [self._greenroom(cell, ours, limit)]
+        engines = [self._greenroom("greenroom", cell, ours, limit)]
+        if limit is None:
+            engines.append(self._greenroom(EIGHT_BITS, cell, ours, None, activation_bits=8))
         if theirs is not None:  # repacked weights are a second copy, not mapped: under a limit that is death
             variants = [("llama.cpp", True), ("llama.cpp, mapped", False)]
             engines += [self._llama(name, cell, theirs, repack) for name, repack in variants if not (limit and repack)]
@@ -99,10 +102,13 @@ class Bench:
             "medians": {name: _medians(found) for name, found in trials.items()},
         }
 
-    def _greenroom(self, cell: Cell, model: Path, limit: "int | None") -> "_Engine":
-        job = self._job(cell, model, ram=None if limit is None else int(RAM_SHARE * limit))
+    def _greenroom(
+        self, name: str, cell: Cell, model: Path, limit: "int | None", activation_bits: int = 16
+    ) -> "_Engine":
+        ram = None if limit is None else int(RAM_SHARE * limit)
+        job = self._job(cell, model, ram=ram, activation_bits=activation_bits)
         command = [*self.prefix, sys.executable, "-m", "benchmarks.greenroom_worker", job]
-        return _Engine("greenroom", model, command)
+        return _Engine(name, model, command)
 
     def _llama(self, name: str, cell: Cell, model: Path, repack: bool) -> "_Engine":
         command = [*self.prefix, str(self.peer), str(_BESIDE / "llama_worker.py")]

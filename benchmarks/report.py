@@ -7,6 +7,7 @@ Row = dict[str, Any]
 DISTURBING = 0.25
 """Cores; what is at work on a quiet machine takes a tenth of that."""
 PEERS = ("llama.cpp", "llama.cpp, mapped")
+EIGHT_BITS = "greenroom, a prompt's activations in 8 bits"
 
 
 def floors_line(floors: "dict[str, float]") -> str:
@@ -26,7 +27,7 @@ def tables(rows: "list[Row]") -> str:
 
 _RAM_HEAD = """\
 | all in RAM | experts | GB | MB a token | greenroom tokens/s | of the floor | llama.cpp tokens/s | of the floor \
-| ratio | prompt tokens/s |
+| ratio | prompt tokens/s, 16 / 8 bits / llama.cpp |
 |---|---|---|---|---|---|---|---|---|---|"""
 
 _LIMITED_HEAD = """\
@@ -36,8 +37,10 @@ _LIMITED_HEAD = """\
 
 
 def _ram_line(row: Row) -> str:
-    ours, peer = row["medians"]["greenroom"], best_peer(row)
-    prompts = [ours["prompt_tokens_per_s"]]
+    peer = best_peer(row)
+    prompts = [
+        row["medians"][name]["prompt_tokens_per_s"] for name in ("greenroom", EIGHT_BITS) if name in row["medians"]
+    ]
     prompts += [max(row["medians"][name]["prompt_tokens_per_s"] for name in _peers(row))] if peer else []
     cells = [
         row["shape"],
@@ -88,7 +91,7 @@ def ratio(row: Row) -> float:
 
 def share_of_floor(row: Row, name: str) -> float:
     """Bytes that the tokens touched a second over the RAM's rate, probed beside the same trials."""
-    touched = row["touched_per_token"]["greenroom" if name == "greenroom" else "llama.cpp"]
+    touched = row["touched_per_token"]["llama.cpp" if name in PEERS else "greenroom"]
     medians = row["medians"][name]
     return float(touched * medians["tokens_per_s"] / medians["ram_bytes_per_s"])
 
