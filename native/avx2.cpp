@@ -16,6 +16,7 @@ struct Avx2 {
     static constexpr bool kInPlace = false;
     static constexpr int tile_rows = 4, tile_vectors = 4, most_vectors = 128;
     static constexpr int kTileVectors = 3;  // as many as 16 registers hold sums of, in parts and whole, beside codes
+    static constexpr bool rows_apart = true;  // 16 registers do not hold a tile's codes
 
     static F zero() { return _mm256_setzero_ps(); }
     static F set1(float value) { return _mm256_set1_ps(value); }

@@ -16,6 +16,7 @@ struct Avx512Vnni {
     static constexpr bool kInPlace = true;  // a byte of 192 or 240 is as good as one of 3 or 15
     static constexpr int tile_rows = 4, tile_vectors = 4, most_vectors = 128;
     static constexpr int kTileVectors = 6;  // 12 sums in integers and 12 in floats: what 32 registers hold beside codes
+    static constexpr bool rows_apart = false;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float value) { return _mm512_set1_ps(value); }

@@ -159,18 +159,34 @@ struct Tile {
     const std::uint8_t* const* x;
     F sum[R][N];
 
-    // A chunk from `column` on. WHOLE: all its bytes are the row's. Sums of the same row stand apart in the stream of
-    // instructions, because each waits for the one before.
+    // Rows one after another are what a short set of registers holds, as long as codes are not wanted for several vectors.
+    static constexpr bool apart = V::rows_apart && (N == 1 || C::per_sum > 2);
+
+    // A chunk from `column` on. WHOLE: all its bytes are the row's.
     template <bool WHOLE>
     GREENROOM_INLINE void add(std::int64_t column) {
+        if constexpr (!apart) return add_together<WHOLE>(column);
+        for (int r = 0; r < R; ++r) {
+            typename V::template Packed<BITS> packed;
+            load<WHOLE>(packed, r, column);
+            const F scales = V::template load_groups<C::groups>(scale + r * groups + column / GROUP);
+            for (int i = 0; i < C::sums; ++i) {
+                typename V::I q[C::per_sum];
+                for (int v = 0; v < C::per_sum; ++v) q[v] = packed.template codes<C::in_place>(i * C::per_sum + v);
+                const F s = V::template pick<C::groups>(scales, group_of.index[i]);
+                for (int n = 0; n < N; ++n) sum[r][n] = V::fma(V::template dot<C::per_sum>(q, planes(n, column, i)), s, sum[r][n]);
+            }
+            asm volatile("" ::: "memory");  // else the compiler mixes rows
+        }
+    }
+
+    // Sums of the same row stand apart in the stream of instructions, because each waits for the one before.
+    template <bool WHOLE>
+    GREENROOM_INLINE void add_together(std::int64_t column) {
         typename V::template Packed<BITS> packed[R];
         F scales[R];
-        const std::int64_t byte = column / 8 * BITS;
         for (int r = 0; r < R; ++r) {
-            const std::uint8_t* from = codes + r * row_nbytes + byte;
-            if (N == 1)  // lines in the order in which they lie: the memory's own guesses join in
-                for (int i = 0; i < C::nbytes; i += C::nbytes > V::kBytes ? 48 : 64) __builtin_prefetch(codes + ahead + R * byte + r * C::nbytes + i);
-            packed[r].load(from, WHOLE ? C::nbytes : row_nbytes - byte);
+            load<WHOLE>(packed[r], r, column);
             scales[r] = V::template load_groups<C::groups>(scale + r * groups + column / GROUP);
         }
         for (int i = 0; i < C::sums; ++i) {
@@ -180,12 +196,22 @@ struct Tile {
                 for (int v = 0; v < C::per_sum; ++v) q[r][v] = packed[r].template codes<C::in_place>(i * C::per_sum + v);
                 s[r] = V::template pick<C::groups>(scales[r], group_of.index[i]);
             }
-            for (int n = 0; n < N; ++n) {
-                const std::uint8_t* planes = x[n] + 2 * column + i * C::per_sum * 2 * V::kBytes;
+            for (int n = 0; n < N; ++n)
                 for (int r = 0; r < R; ++r)
-                    sum[r][n] = V::fma(V::template dot<C::per_sum>(q[r], planes), s[r], sum[r][n]);
-            }
+                    sum[r][n] = V::fma(V::template dot<C::per_sum>(q[r], planes(n, column, i)), s[r], sum[r][n]);
         }
+    }
+
+    template <bool WHOLE, class Packed>
+    GREENROOM_INLINE void load(Packed& packed, int r, std::int64_t column) const {
+        const std::int64_t byte = column / 8 * BITS;
+        if (N == 1)  // lines in the order in which they lie: the memory's own guesses join in
+            for (int i = 0; i < C::nbytes; i += C::nbytes > V::kBytes ? 48 : 64) __builtin_prefetch(codes + ahead + R * byte + r * C::nbytes + i);
+        packed.load(codes + r * row_nbytes + byte, WHOLE ? C::nbytes : row_nbytes - byte);
+    }
+
+    GREENROOM_INLINE const std::uint8_t* planes(int n, std::int64_t column, int i) const {
+        return x[n] + 2 * column + i * C::per_sum * 2 * V::kBytes;
     }
 };
 
