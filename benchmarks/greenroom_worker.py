@@ -95,6 +95,7 @@ def trial(model: Model, prompt: "list[int]", warm: "list[int]", timed: "list[int
         "hit_rate": spent.hit_rate,
         "stall_share": spent.stall_s / decode_s,
         "experts_share": spent.compute_s / decode_s,
+        "dense_share": spent.dense_s / decode_s,
         "anonymous_nbytes": process_memory()["anonymous"],
         "decode": str(getattr(model.engine, "decode", "transformers' modules")),
         "guesses": str(model.engine.runner.speculation),

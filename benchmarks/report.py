@@ -26,9 +26,9 @@ def tables(rows: "list[Row]") -> str:
 
 
 _RAM_HEAD = """\
-| all in RAM | experts | GB | MB a token | greenroom tokens/s | of the floor | llama.cpp tokens/s | of the floor \
+| all in RAM | experts | GB | MB a token | greenroom tokens/s | of the floor | no weights | llama.cpp tokens/s | of the floor \
 | ratio | prompt tokens/s, 16 / 8 bits / llama.cpp |
-|---|---|---|---|---|---|---|---|---|---|"""
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 _LIMITED_HEAD = """\
 | does not fit | experts | fits | routing | hits | greenroom tokens/s | MB read a token | of the disk | stalled \
@@ -49,6 +49,7 @@ def _ram_line(row: Row) -> str:
         " / ".join(f"{nbytes / 1e6:.0f}" for nbytes in row["touched_per_token"].values()),
         _spread(row, "greenroom"),
         f"{share_of_floor(row, 'greenroom'):.2f}",
+        f"{share_without_weights(row):.0%}",
         _spread(row, peer) if peer else "–",
         f"{share_of_floor(row, peer):.2f}" if peer else "–",
         f"**{ratio(row):.2f}**" if peer else "–",
@@ -94,6 +95,12 @@ def share_of_floor(row: Row, name: str) -> float:
     touched = row["touched_per_token"]["llama.cpp" if name in PEERS else "greenroom"]
     medians = row["medians"][name]
     return float(touched * medians["tokens_per_s"] / medians["ram_bytes_per_s"])
+
+
+def share_without_weights(row: Row) -> float:
+    """Of greenroom's time decoding, what it neither multiplied with weights nor waited for them."""
+    ours = row["medians"]["greenroom"]
+    return float(1 - ours["experts_share"] - ours["dense_share"] - ours["stall_share"])
 
 
 def share_of_disk(row: Row, name: str) -> float:

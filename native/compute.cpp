@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -26,6 +27,25 @@ std::atomic<const Isa*>& chosen() {
     static std::atomic<const Isa*> isa{available().front()};
     return isa;
 }
+
+// Adds the time until it goes to a sum of nanoseconds.
+class Spent {
+public:
+    explicit Spent(std::atomic<std::int64_t>& sum) : sum_(sum), start_(Clock::now()) {}
+    ~Spent() {
+        sum_.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start_).count(),
+                       std::memory_order_relaxed);
+    }
+    Spent(const Spent&) = delete;
+    Spent& operator=(const Spent&) = delete;
+
+private:
+    using Clock = std::chrono::steady_clock;
+    std::atomic<std::int64_t>& sum_;
+    Clock::time_point start_;
+};
+
+std::atomic<std::int64_t> linears_ns{0};
 
 // Uninitialised memory, aligned for any vector.
 template <class T>
@@ -320,6 +340,7 @@ bool choose(const char* name) {
 }
 
 void linears(const float* x, int count, const Linear* list, int n, int threads, bool rough) {
+    const Spent spent(linears_ns);
     std::vector<std::unique_ptr<PreparedVectors>> prepared;  // for each format once
     std::vector<std::vector<const std::uint8_t*>> pointers;
     std::vector<const Shape*> formats;
@@ -347,6 +368,8 @@ void linear(const float* x, int count, const std::uint8_t* packed, const Shape& 
     const Linear one{packed, shape, bias, out};
     linears(x, count, &one, 1, threads, rough);
 }
+
+double linears_s() { return 1e-9 * static_cast<double>(linears_ns.load(std::memory_order_relaxed)); }
 
 void experts(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, int threads, bool rough) {
     std::vector<Task> few, many;

@@ -224,7 +224,8 @@ def _row(ours: "list[float]", theirs: "list[float]", **more: float) -> "dict[str
             "disk_bytes_per_s": 1e9,
             "others_cores": 0.01,
         }
-        return [{**common, "hit_rate": 1.0, "stall_share": 0.0, "tokens_per_s": speed} for speed in speeds]
+        shares = {"stall_share": 0.1, "experts_share": 0.5, "dense_share": 0.25}
+        return [{**common, **shares, "hit_rate": 1.0, "tokens_per_s": speed} for speed in speeds]
 
     found = {"greenroom": trials(ours), "llama.cpp": trials(theirs), "llama.cpp, mapped": trials([1.0])}
     return {
@@ -245,7 +246,7 @@ def test_the_table_takes_medians_and_the_peer_s_better_variant() -> None:
     row = _row([10.0, 12.0, 50.0], [5.0, 6.0, 7.0])
     assert report.ratio(row) == 2.0
     assert report.share_of_floor(row, "greenroom") == pytest.approx(0.6)
-    assert "12.00 (10–50) | 0.60 | 6.00 (5–7) | 0.36 | **2.00**" in report.tables([row])
+    assert "12.00 (10–50) | 0.60 | 15% | 6.00 (5–7) | 0.36 | **2.00**" in report.tables([row])
     assert "uniform" in report.tables([_row([1.0], [1.0], fits=0.5)])
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,6 +82,18 @@ def test_a_family_decodes_like_its_modules(name: str, bits: int) -> None:
         got = decoded(engine.model)
         assert engine.decode.reason == "" and engine.decode.steps == len(FORCED) and engine.decode.prompts == 1
         assert distance(got, want) < TOLERANCE
+
+
+def test_time_in_weights_is_told_apart(mixtral: Engine) -> None:
+    """Products with experts, with other linears, and all the rest; by either way of decoding."""
+    for enabled in (True, False):
+        mixtral.decode.enabled = enabled
+        before, start_s = mixtral.metrics(), time.perf_counter()
+        decoded(mixtral.model)
+        spent, took_s = mixtral.metrics() - before, time.perf_counter() - start_s
+        assert spent.compute_s > 0 and spent.dense_s > 0
+        assert spent.compute_s + spent.dense_s + spent.stall_s < took_s
+    mixtral.decode.enabled = True
 
 
 # --- prompts

@@ -18,7 +18,7 @@ from greenroom.device import Device, find_gpu
 from greenroom.device_runner import DeviceRunner
 from greenroom.errors import BudgetError
 from greenroom.history import History
-from greenroom.kernels import over_slots
+from greenroom.kernels import native, over_slots
 from greenroom.layer_steps import LayerSteps
 from greenroom.machine import available_memory
 from greenroom.metrics import Metrics, process_memory
@@ -191,7 +191,7 @@ class Engine:
 
     def metrics(self) -> Metrics:
         """A copy of the running totals."""
-        return dataclasses.replace(self.runner.metrics)
+        return dataclasses.replace(self.runner.metrics, dense_s=native.linears_s())
 
     def lru_hit_rates(self) -> "list[float]":
         """LRU's estimated hit rate with 0, 1, … slots in every layer, up to all experts; empty before anything was

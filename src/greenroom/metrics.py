@@ -15,6 +15,9 @@ class Metrics:
     """waiting for experts while nothing else was left to compute"""
     compute_s: float = 0.0
     """inside the expert kernels"""
+    dense_s: float = 0.0
+    """inside the compiled kernels of other linears, of all engines of the process; where an expert's activation has no
+    compiled form, its products count in both"""
     bytes_read: int = 0
     """experts read from the store"""
     bytes_up: int = 0

@@ -109,6 +109,7 @@ def _trial(engine: Any, prompt: Any, tokens: int) -> "dict[str, float]":
         "prompt_bytes_read": float((middle - before).bytes_read),
         "stall_share": decode.stall_s / decode_s,
         "experts_share": decode.compute_s / decode_s,
+        "dense_share": decode.dense_s / decode_s,
     }
 
 

@@ -64,6 +64,7 @@ class Answer:
             "stall_s": self.decode.stall_s,
             "prompt_stall_s": self.prompt.stall_s,
             "expert_compute_s": self.decode.compute_s,
+            "dense_compute_s": self.decode.dense_s,
             "decode_s": self.decode_s,
             "peak_memory_bytes": memory["peak"],
             "kernel": self.kernel,
@@ -154,7 +155,7 @@ def show_stats(report: "dict[str, Any]") -> None:
         f"hit rate {report['hit_rate']:.1%}, prefetched {report['prefetch_rate']:.1%}, "
         f"{format_bytes(report['bytes_read_per_token'])} read per token",
         f"of {report['decode_s']:.2f} s decoding: {report['stall_s']:.2f} s stalled on reads, "
-        f"{report['expert_compute_s']:.2f} s in experts",
+        f"{report['expert_compute_s']:.2f} s in experts, {report['dense_compute_s']:.2f} s in other linears",
         *_outlook(report["what_if"]),
         *_choices(report),
         f"peak memory {format_bytes(report['peak_memory_bytes'])}",

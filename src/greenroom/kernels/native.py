@@ -81,6 +81,11 @@ def linear(
     return out
 
 
+def linears_s() -> float:
+    """Seconds that this process has spent in compiled products other than those of `experts` and `token`."""
+    return _native.linears_s() if _native else 0.0
+
+
 def takes(x: torch.Tensor, task: ExpertTask, layout: "Sequence[RecordTensor]") -> bool:
     """Whether `experts` computes this task."""
     return (
