@@ -26,8 +26,8 @@ def tables(rows: "list[Row]") -> str:
 
 
 _RAM_HEAD = """\
-| all in RAM | experts | GB | MB a token | greenroom tokens/s | of the floor | no weights | llama.cpp tokens/s | of the floor \
-| ratio | prompt tokens/s, 16 / 8 bits / llama.cpp |
+| all in RAM | experts | GB | MB a token | greenroom tokens/s | of the floor | no weights | llama.cpp tokens/s \
+| of the floor | ratio | prompt tokens/s, 16 / 8 bits / llama.cpp |
 |---|---|---|---|---|---|---|---|---|---|---|"""
 
 _LIMITED_HEAD = """\

@@ -13,6 +13,7 @@ struct Avx2 {
     using F = __m256;
     using I = __m256i;
     static constexpr int kWidth = 8, kBytes = 32;
+    static constexpr bool kUnsignedBytes = false;  // 255 * 128 twice is too much for 16 bits
     static constexpr bool kInPlace = false;
     static constexpr int tile_rows = 4, tile_vectors = 4, most_vectors = 128;
     static constexpr int kTileVectors = 3;  // as many as 16 registers hold sums of, in parts and whole, beside codes
@@ -151,6 +152,30 @@ struct Avx2 {
         return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(hi, _mm256_set1_epi16(256)),
                                                    _mm256_madd_epi16(lo, _mm256_set1_epi16(1))));
     }
+
+    // The same for codes of 8 bits: words times words, pairs added in 32 bits.
+    template <int N>
+    static F dot_words(const I* q, const std::uint8_t* planes) {
+        I sum = _mm256_setzero_si256();
+        for (int i = 0; i < N; ++i) {
+            const I* at = reinterpret_cast<const I*>(planes + 64 * i);
+            const I even = _mm256_and_si256(q[i], _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(q[i], 8);
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, _mm256_loadu_si256(at)));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odd, _mm256_loadu_si256(at + 1)));
+        }
+        return _mm256_cvtepi32_ps(sum);
+    }
+};
+
+// Bytes as they lie.
+template <>
+struct Avx2::Packed<8> {
+    I bytes[2];
+
+    void load(const std::uint8_t* p, std::int64_t left) { bytes[0] = bytes_at(p, left), bytes[1] = bytes_at(p + 32, left - 32); }
+
+    template <bool>
+    I codes(int v) const { return bytes[v]; }
 };
 
 // Two blocks, each of 16 bytes of low bits and 8 of high ones, eight columns each.
@@ -198,7 +223,7 @@ Kernel kernel(const Matrix& matrix, Batch batch) {
         case 2: return kernel_for<2>(matrix.group_size, batch);
         case 3: return kernel_for<3>(matrix.group_size, batch);
         case 4: return kernel_for<4>(matrix.group_size, batch);
-        case 8: return kernel_of<Float<Avx2, 8>>();  // 255 * 128 twice is too much for 16 bits
+        case 8: return integer_kernel<Avx2, 8>(matrix.group_size);
         default: return kernel_of<Float<Avx2, 16>>();
     }
 }

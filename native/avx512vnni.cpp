@@ -13,6 +13,7 @@ struct Avx512Vnni {
     using F = __m512;
     using I = __m512i;
     static constexpr int kWidth = 16, kBytes = 64;
+    static constexpr bool kUnsignedBytes = true;  // products take codes of 8 bits, too
     static constexpr bool kInPlace = true;  // a byte of 192 or 240 is as good as one of 3 or 15
     static constexpr int tile_rows = 4, tile_vectors = 4, most_vectors = 128;
     static constexpr int kTileVectors = 6;  // 12 sums in integers and 12 in floats: what 32 registers hold beside codes

@@ -12,6 +12,7 @@
 //
 // Codes are read a vector's width at a time: a chunk. At 4 bits 64 bytes hold two blocks of 64 columns; the low halves of
 // the bytes are the first 32 columns of both blocks, the high halves the last 32. hi and lo are stored in that order.
+// Where codes of 8 bits are multiplied as words, the 16-bit integers themselves are stored, columns of even number first.
 #pragma once
 
 #include "rows.h"
@@ -36,6 +37,7 @@ struct Chunk {
     static constexpr int sums = GROUP >= 64 ? 1 : 64 / GROUP < vectors ? 64 / GROUP : vectors;  // of whole groups each
     static constexpr int per_sum = vectors / sums;                          // vectors
     // A vector with a sum of its own may keep its codes where they lie in the byte: `shift` bits up, made good by the scale.
+    static constexpr bool words = BITS == 8 && !V::kUnsignedBytes;
     static constexpr bool in_place = V::kInPlace && per_sum == 1 && vectors > 1 && BITS != 3;
     static constexpr int shift(int group) { return in_place ? low * (group * GROUP % 64 / lane) : 0; }
     static constexpr int groups = columns <= GROUP ? 1 : columns / GROUP;   // that it has a part of
@@ -127,6 +129,19 @@ void round_vector(const Matrix& matrix, const float* x, std::int64_t panels, flo
     }
 }
 
+// A value's two bytes, of the column `i` in a vector of NBYTES columns.
+template <class C, int NBYTES>
+inline void place(std::int32_t value, int i, std::uint8_t* to) {
+    if constexpr (C::words) {
+        const std::int16_t word = static_cast<std::int16_t>(value);
+        std::memcpy(to + i % 2 * NBYTES + i / 2 * 2, &word, 2);
+    } else {
+        const std::int32_t hi = (value + 128) >> 8;
+        to[i] = static_cast<std::uint8_t>(hi);
+        to[NBYTES + i] = static_cast<std::uint8_t>(value - 256 * hi);
+    }
+}
+
 template <class C, int NBYTES, int GROUP>
 void prepare_integers(const Matrix& matrix, const float* x, std::uint8_t* prepared) {
     const Prepared at(matrix, C::columns);
@@ -138,11 +153,8 @@ void prepare_integers(const Matrix& matrix, const float* x, std::uint8_t* prepar
         for (std::int64_t chunk = 0; chunk < stored; chunk += C::columns)
             for (int v = 0; v < C::vectors; ++v, to += 2 * NBYTES)
                 for (int b = 0; b < C::blocks; ++b)
-                    for (int i = 0; i < C::lane; ++i) {
-                        const std::int32_t value = rounded[chunk + b * 64 + v * C::lane + i], hi = (value + 128) >> 8;
-                        to[b * C::lane + i] = static_cast<std::uint8_t>(hi);
-                        to[NBYTES + b * C::lane + i] = static_cast<std::uint8_t>(value - 256 * hi);
-                    }
+                    for (int i = 0; i < C::lane; ++i)
+                        place<C, NBYTES>(rounded[chunk + b * 64 + v * C::lane + i], b * C::lane + i, to);
     });
 }
 
@@ -174,7 +186,7 @@ struct Tile {
                 typename V::I q[C::per_sum];
                 for (int v = 0; v < C::per_sum; ++v) q[v] = packed.template codes<C::in_place>(i * C::per_sum + v);
                 const F s = V::template pick<C::groups>(scales, group_of.index[i]);
-                for (int n = 0; n < N; ++n) sum[r][n] = V::fma(V::template dot<C::per_sum>(q, planes(n, column, i)), s, sum[r][n]);
+                for (int n = 0; n < N; ++n) sum[r][n] = V::fma(dot(q, planes(n, column, i)), s, sum[r][n]);
             }
             asm volatile("" ::: "memory");  // else the compiler mixes rows
         }
@@ -198,7 +210,7 @@ struct Tile {
             }
             for (int n = 0; n < N; ++n)
                 for (int r = 0; r < R; ++r)
-                    sum[r][n] = V::fma(V::template dot<C::per_sum>(q[r], planes(n, column, i)), s[r], sum[r][n]);
+                    sum[r][n] = V::fma(dot(q[r], planes(n, column, i)), s[r], sum[r][n]);
         }
     }
 
@@ -208,6 +220,11 @@ struct Tile {
         if (N == 1)  // lines in the order in which they lie: the memory's own guesses join in
             for (int i = 0; i < C::nbytes; i += C::nbytes > V::kBytes ? 48 : 64) __builtin_prefetch(codes + ahead + R * byte + r * C::nbytes + i);
         packed.load(codes + r * row_nbytes + byte, WHOLE ? C::nbytes : row_nbytes - byte);
+    }
+
+    GREENROOM_INLINE static F dot(const typename V::I* q, const std::uint8_t* planes) {
+        if constexpr (C::words) return V::template dot_words<C::per_sum>(q, planes);
+        else return V::template dot<C::per_sum>(q, planes);
     }
 
     GREENROOM_INLINE const std::uint8_t* planes(int n, std::int64_t column, int i) const {
