@@ -97,6 +97,19 @@ def test_a_hook_is_called(device_engines: Engines) -> None:
     assert same(decoded(engine.model), expected) and engine.steps.replayed > before + 2 * len(TOKENS)
 
 
+@pytest.mark.parametrize("number", range(LAYERS))
+def test_a_layer_that_is_captured_late_hands_on_new_values(device_engines: Engines, number: int) -> None:
+    """The next layer was captured with memory of its own, and copies from one tensor at every token."""
+    expected = decoded(graphs(device_engines(experts_per_layer=EXPERTS)).model)
+    engine = graphs(device_engines(experts_per_layer=EXPERTS))
+    handle = engine.model.model.layers[number].self_attn.register_forward_hook(lambda *_: None)
+    assert same(decoded(engine.model), expected)
+    handle.remove()
+    before = engine.steps.replayed
+    assert same(decoded(engine.model), expected)
+    assert engine.steps.replayed == before + LAYERS * len(TOKENS)
+
+
 def test_hidden_states_are_kept(device_engines: Engines) -> None:
     """Who collects what layers give finds this token's there, not the last one's."""
     found = []

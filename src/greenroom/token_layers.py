@@ -178,6 +178,8 @@ class TokenLayer:
             fixed.take(tensor)
         self._graph.captured.replay()
         out, calls = self._graph.captured.result
+        # it was written past torch: a layer that copies it to memory of its own has to see that it is new
+        torch.autograd.graph.increment_version(_hidden(out))
         return out, calls
 
     def _capture(self, leaves: "list[Any]", tree: Any, key: "tuple[Any, ...]") -> _Graph:
@@ -194,8 +196,7 @@ class TokenLayer:
                 return self.run(args, kwargs), calls
 
         captured = self._device.capture(launch)
-        out = captured.result[0]
-        self._inputs.keep(out[0] if isinstance(out, tuple) else out)
+        self._inputs.keep(_hidden(captured.result[0]))
         return _Graph(captured, inputs, key)
 
 
@@ -236,6 +237,12 @@ class Token:
     def put(self) -> None:
         """The token has passed."""
         self._layer.put()
+
+
+def _hidden(out: Any) -> torch.Tensor:
+    """The hidden states among what a layer gives."""
+    found: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return found
 
 
 def _fits(layer: StaticLayer, mask: Any) -> bool:

@@ -28,7 +28,8 @@ class Captured(Protocol):
     """what the function gave; its tensors hold values after the first `replay`, and others after the next"""
 
     def replay(self) -> None:
-        """Queue it once more: the same kernels on the same memory, whatever that holds by now."""
+        """Queue it once more: the same kernels on the same memory, whatever that holds by now. Tensors' `_version` does
+        not count what they write."""
         ...
 
 
