@@ -92,6 +92,7 @@ def host(packed: PackedModel, device: Device) -> Result:
 
 def decode(packed: PackedModel, device: Device, way: str, tokens: int = 24) -> "tuple[float, torch.Tensor, str]":
     """Seconds a token with every expert on the device, the last token's logits, and what was captured."""
+    paper.let_go(device)  # of the engine before
     most = max(entry.num_experts for entry in packed.manifest.experts)
     engine = Engine(packed, EngineSettings(vram=VRAM, experts_per_layer=most, cpu_experts=False), device=device)
     try:
@@ -117,6 +118,7 @@ def prompt(packed: PackedModel, device: Device, link_bytes_per_s: float, tokens:
     found = {}
     most = max(entry.num_experts for entry in packed.manifest.experts)
     for name, slots in (("streamed_s", 0), ("resident_s", most)):
+        paper.let_go(device)
         settings = EngineSettings(vram=VRAM, experts_per_layer=slots, cpu_experts=False)
         engine = Engine(packed, settings, device=device)
         try:

@@ -1,11 +1,15 @@
 """The paper's table, at a small scale on a fake device."""
 
+import argparse
+import gc
 import json
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
+from greenroom.cli import bench as bench_command
 from greenroom.cli import main, paper
 from greenroom.config import EngineSettings
 from greenroom.device import FakeDevice
@@ -46,6 +50,30 @@ def test_the_papers_rows(packed4: PackedModel, capsys: pytest.CaptureFixture[str
             assert row["tokens_per_s"] <= 1.01 * row["floor_tokens_per_s"] or row["name"] == "naive"
         assert row["paper"] == []  # the paper has no 4 bits
     assert sum("times the floor's time" in line for line in lines) == len(names)
+
+
+@pytest.mark.parametrize("name", ["full", "naive"])
+def test_a_row_leaves_nothing_behind(packed4: PackedModel, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The next one wants the memory, whether or not Python happens to look for cycles by itself."""
+    pytest.importorskip("accelerate")
+    left: list[Any] = []
+    real = paper._advance
+
+    def noted(running: Any, *others: Any) -> Any:
+        left.append(weakref.ref(running.model))
+        return real(running, *others)
+
+    monkeypatch.setattr(paper, "_advance", noted)
+    device = FakeDevice()
+    parser = argparse.ArgumentParser()
+    bench_command.add(parser.add_subparsers())
+    options = parser.parse_args(["bench", "-", "--vram", str(VRAM), "--tokens", "2", "--trials", "1"])
+    gc.disable()
+    try:
+        paper.measure(name, packed4, device, options, 2, 1e9)
+    finally:
+        gc.enable()
+    assert left and all(model() is None for model in left) and device.allocated == 0
 
 
 def test_the_papers_figures_stand_beside_its_bits() -> None:

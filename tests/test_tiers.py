@@ -369,6 +369,34 @@ def test_no_slot_left_to_give_back_is_one_line(device_engines: Engines, monkeypa
     assert "\n" not in str(caught.value)
 
 
+def test_a_closed_engine_gives_its_slots_back_and_says_so(device_engines: Engines) -> None:
+    """Also where all experts are there, and layers are graphs that read the slots."""
+    device = FakeDevice()
+    engine = device_engines(device=device, experts_per_layer=EXPERTS)
+    engine.steps.ahead = True
+    token = torch.tensor([[5]])
+    with torch.no_grad():
+        out = engine.model(torch.arange(4, 20)[None], use_cache=True)
+        for _ in range(3):
+            out = engine.model(token, past_key_values=out.past_key_values, use_cache=True)
+        assert engine.steps.replayed and device.allocated == engine.plan.slots_nbytes + engine.plan.staging
+        engine.close()
+        assert device.allocated == 0
+        with pytest.raises(RuntimeError, match="closed"):
+            engine.model(token, past_key_values=out.past_key_values, use_cache=True)
+
+
+def test_two_engines_share_a_devices_memory(device_engines: Engines) -> None:
+    """The second is told that there is too little left; where the first is closed, there is enough."""
+    device = FakeDevice()
+    first = device_engines(device=device, experts_per_layer=EXPERTS)
+    device.nbytes = 3 * device.allocated // 2
+    with pytest.raises(BudgetError, match="give a smaller --vram"):
+        device_engines(device=device, experts_per_layer=EXPERTS)
+    first.close()
+    device_engines(device=device, experts_per_layer=EXPERTS)
+
+
 def test_a_device_that_is_too_small_is_one_line(device_engines: Engines) -> None:
     with pytest.raises(BudgetError, match="give a smaller --vram") as caught:
         device_engines(device=FakeDevice(nbytes=1 << 16))

@@ -203,14 +203,17 @@ class Engine:
         return [statistics.fmean(rates) for rates in zip(*(counts.rates(n, most) for n in layers), strict=True)]
 
     def close(self, *, remember: bool = True) -> None:
-        """Stop the reader threads and close the files; the model no longer runs.
+        """Stop the reader threads, close the files and give a device's slots back; the model no longer runs.
 
         `remember`: add what was seen of its routing to its history.
         """
         if self._history and remember:
             self._history.add(self.curve.counts)
         self._history = None
+        if self.steps is not None:
+            self.steps.forget()
         self._transfer.close()
         self._store.close()
         if self.device is not None:
             self.device.close()
+            self.device.trim()

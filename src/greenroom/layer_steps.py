@@ -159,11 +159,15 @@ class LayerSteps:
             out = way()
         return _Launched(way, out, self._runner.send(calls))
 
-    def _free(self) -> None:
-        """Give up slots, and what was captured over them."""
+    def forget(self) -> None:
+        """Give up what was captured: it reads slots that are no more."""
         for token in self._tokens:
             token.forget()
         self._inputs.clear()
+
+    def _free(self) -> None:
+        """Give up slots, and what was captured over them."""
+        self.forget()
         self._shrink()
 
     def _settle_previous(self, launched: _Launched) -> _Launched:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import gc
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,8 +106,11 @@ def measure(
         _advance(running, device, 0, WARM_UP)
         starts = [WARM_UP + number * options.tokens for number in range(options.trials)]
         trials = [_advance(running, device, start, options.tokens) for start in starts]
+        reason = running.reason()
     finally:
         running.close()
+        del running
+        let_go(device)
     seconds = statistics.median(trial[0] for trial in trials)
     hits, requests, sent = (sum(counts) for counts in zip(*(trial[1] for trial in trials), strict=True))
     per_token = sent / (options.tokens * options.trials)
@@ -118,8 +122,15 @@ def measure(
         bytes_up_per_token=per_token,
         floor_tokens_per_s=link / per_token if per_token else float("inf"),
         paper=PAPER.get((name, packed.manifest.settings["expert_bits"]), ()),
-        reason=running.reason(),
+        reason=reason,
     )
+
+
+def let_go(device: "Device") -> None:
+    """Free what nobody uses any more: a model and its engine hold each other until Python looks for such cycles, and
+    with them weights and keys on the device and RAM that the next engine wants."""
+    gc.collect()
+    device.trim()
 
 
 class _Ours:

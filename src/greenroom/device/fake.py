@@ -5,6 +5,7 @@ So a missing wait shows as wrong bytes, and times follow from the rates that a t
 
 import contextlib
 import dataclasses
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -63,8 +64,13 @@ class FakeCaptured:
             return rules, self._function()
 
 
+class _Memory(bytearray):
+    """What a tensor's memory is, so that it can be seen to go."""
+
+
 class FakeDevice:
-    """`nbytes` of memory behind a link of `link_bytes_per_s` each way.
+    """`nbytes` of memory behind a link of `link_bytes_per_s` each way. Only what is allocated takes any of it, until
+    nobody holds it any more.
 
     `spend(seconds)` is a kernel's time on the queue that computes, `work(seconds)` the host's. Computing itself runs
     when it is launched.
@@ -76,7 +82,7 @@ class FakeDevice:
         self.host_s, self.compute_s = 0.0, 0.0
         self._queues: dict[str, deque[FakeEvent]] = {"up": deque(), "down": deque()}
         self._free_at = {"up": 0.0, "down": 0.0}
-        self.downloaded = 0
+        self.downloaded = self.allocated = 0
         """bytes"""
         self._rules: Rules | None = None
 
@@ -90,9 +96,16 @@ class FakeDevice:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Raises torch.OutOfMemoryError where it has less."""
-        if nbytes > self.nbytes:
-            raise torch.OutOfMemoryError(f"the fake device has {self.nbytes} bytes, not {nbytes}")
-        return torch.zeros(nbytes, dtype=torch.uint8)
+        free, total = self.memory()
+        if nbytes > free:
+            raise torch.OutOfMemoryError(f"of the fake device's {total} bytes {free} are free, not {nbytes}")
+        memory = _Memory(max(nbytes, 1))
+        self._hold(nbytes)
+        weakref.finalize(memory, self._hold, -nbytes)
+        return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
+
+    def _hold(self, nbytes: int) -> None:
+        self.allocated += nbytes
 
     def trim(self) -> None:
         """Nothing is kept."""
@@ -170,8 +183,8 @@ class FakeDevice:
         return FakeCaptured(self, function)
 
     def memory(self) -> "tuple[int, int]":
-        """All of it is free."""
-        return self.nbytes, self.nbytes
+        """All that is not allocated is free."""
+        return self.nbytes - self.allocated, self.nbytes
 
     def clock(self) -> float:
         """The host's."""

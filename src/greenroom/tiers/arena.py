@@ -16,9 +16,16 @@ class DeviceArena:
 
     def __init__(self, device: Device, count: int, record_nbytes: int) -> None:
         self.count, self.record_nbytes, self._device = count, record_nbytes, device
-        self.memory = device.allocate(count * record_nbytes).view(count, record_nbytes)
-        """all buffers; `wait` before a kernel reads any"""
+        self._memory: torch.Tensor | None = device.allocate(count * record_nbytes).view(count, record_nbytes)
         self._arrivals: dict[int, Event] = {}
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """All buffers; `wait` before a kernel reads any. Raises RuntimeError where they have been given back: kernels
+        do not look where they read."""
+        if self._memory is None:
+            raise RuntimeError("the engine is closed")
+        return self._memory
 
     @property
     def nbytes(self) -> int:
@@ -27,7 +34,7 @@ class DeviceArena:
 
     def release(self) -> None:
         """Give the memory back; the arena is of no more use."""
-        self.memory = self.memory.new_empty(0)
+        self._memory = None
         self._arrivals.clear()
 
     def filled_at(self, buffer: int, event: Event) -> None:

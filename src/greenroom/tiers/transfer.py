@@ -158,10 +158,11 @@ class TierTransfer:
         self._arena = arena
 
     def close(self) -> None:
-        """Stop the threads and wait for what is under way."""
+        """Stop the threads, wait for what is under way and give the arena's memory back."""
         self._disk.close()
         while self.link.wait():
             pass
+        self._arena.release()
 
     def _busy(self) -> "set[int]":
         """Host buffers that are in use."""
