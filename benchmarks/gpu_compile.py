@@ -31,7 +31,7 @@ _POINTERS = {
     "out": "*fp32",
 }  # fmt: skip
 """Arguments that are tensors, and of what."""
-_ALIGNED = ("arena", "slots", "x", "out", "record_nbytes", "offset", "scale_codes", "zero_codes", "params", "width")
+_ALIGNED = ("arena", "slots", "x", "out", "record_nbytes", "offset", "scale_codes", "zero_codes", "row_params", "width")
 """Arguments that are multiples of 16, as at true shapes."""
 _TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 

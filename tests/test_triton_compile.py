@@ -31,6 +31,18 @@ def test_they_compile_and_nothing_is_spilled() -> None:
     assert lines[-1] == "nothing is spilled"
 
 
+def test_every_launch_binds_its_arguments() -> None:
+    """Triton makes a function of each kernel's signature, and has names of its own in it: `params`, `options`."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", Path(__file__).with_name("launches.py")],
+        capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = "matrix.dequantised matrix.products pairs.combine pairs.lookup vector.arrange vector.products"
+    assert done.stdout.split() == names.split()
+
+
 def test_a_kernel_that_does_not_exist() -> None:
     done = compiled("--kernels", "vector 5g64")
     assert done.returncode == 2 and "no kernel is called vector 5g64" in done.stderr

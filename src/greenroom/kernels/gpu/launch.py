@@ -199,7 +199,7 @@ def parts_of(matrix: RecordTensor) -> "dict[str, Any]":
     return {
         "scale_codes": shape.scale_codes,
         "zero_codes": shape.zero_codes,
-        "params": shape.row_params,
+        "row_params": shape.row_params,
         "groups": shape.groups,
         "chunks": shape.code_row_bytes // (24 if matrix.format.bits == 3 else 16),
         "BITS": matrix.format.bits,

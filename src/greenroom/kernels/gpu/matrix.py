@@ -40,14 +40,14 @@ def weights(
 def times(
     matrix, rows,  # pointer to bytes, int32 [BN]
     x, members,  # pointer to a vector of cols each, and whether it is there: [BM]
-    cols, scale_codes, zero_codes, params, groups, chunks,
+    cols, scale_codes, zero_codes, row_params, groups, chunks,
     BITS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """float32 [BM, BN]: vectors times rows of the matrix."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     LANES: tl.constexpr = 1 if BITS == 8 else 4 if BITS == 3 else 8 // BITS
     total = tl.zeros([BM, BN], tl.float32)
-    pairs = (matrix + params).to(tl.pointer_type(tl.int32))
+    pairs = (matrix + row_params).to(tl.pointer_type(tl.int32))
     scale_min, scale_step, zero_min, zero_step = bits.row_params(pairs, rows)
     lane_column = tl.arange(0, 16 * UNITS)
     for first in range(0, chunks, UNITS):
@@ -84,7 +84,7 @@ def times_raw(
 @triton.jit
 def dequantised(
     matrix, out,  # pointer to bytes; [.., cols] from row `start` on
-    start, matrix_rows, cols, scale_codes, zero_codes, params, groups, chunks,
+    start, matrix_rows, cols, scale_codes, zero_codes, row_params, groups, chunks,
     BITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """Rows of a matrix below 16 bits as out's dtype. Grid: (tiles of BN rows, tiles of UNITS chunks)."""
@@ -92,7 +92,7 @@ def dequantised(
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.minimum(start + row, matrix_rows - 1)
     first = tl.program_id(1) * UNITS
-    pairs = (matrix + params).to(tl.pointer_type(tl.int32))
+    pairs = (matrix + row_params).to(tl.pointer_type(tl.int32))
     scale_min, scale_step, zero_min, zero_step = bits.row_params(pairs, rows)
     lane_column = tl.arange(0, 16 * UNITS)
     within = (start + row < matrix_rows)[:, None]
@@ -127,7 +127,7 @@ def products(
     record_nbytes, offset, bias,  # in bytes: of a record, and within it of the matrix and of its bias
     tokens, per_vector, cols,
     matrix_rows, outputs,
-    scale_codes, zero_codes, params, groups, chunks,
+    scale_codes, zero_codes, row_params, groups, chunks,
     BITS: tl.constexpr, GROUP: tl.constexpr, IS_FLOAT16: tl.constexpr,
     BIAS: tl.constexpr, BIAS_IS_FLOAT16: tl.constexpr, K: tl.constexpr, KS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, UNITS: tl.constexpr,
@@ -166,7 +166,7 @@ def products(
         y = times_raw(record + offset, rows, x, members, cols, IS_FLOAT16, BM, BN, 16 * UNITS)
     else:
         y = times(
-            record + offset, rows, x, members, cols, scale_codes, zero_codes, params, groups, chunks,
+            record + offset, rows, x, members, cols, scale_codes, zero_codes, row_params, groups, chunks,
             BITS, GROUP, BM, BN, UNITS,
         )  # fmt: skip
     if BIAS:

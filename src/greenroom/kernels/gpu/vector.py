@@ -45,7 +45,7 @@ def times(
     matrix,  # pointer to bytes: one packed matrix
     rows,  # int32 [ROWS]
     x,  # pointer to float32: one arranged vector
-    scale_codes, zero_codes, params,  # offsets in bytes of the matrix' parts
+    scale_codes, zero_codes, row_params,  # offsets in bytes of the matrix' parts
     groups, chunks,
     one,  # 1.0 as bits
     BITS: tl.constexpr, GROUP: tl.constexpr, IS_FLOAT16: tl.constexpr, ROWS: tl.constexpr,
@@ -59,7 +59,7 @@ def times(
     start_of_row = (rows * (chunks * WORDS))[:, None]
     total = tl.zeros([ROWS, bits.TILE], tl.float32)
     if BITS != 16:
-        pairs = (matrix + params).to(tl.pointer_type(tl.int32))
+        pairs = (matrix + row_params).to(tl.pointer_type(tl.int32))
         scale_min, scale_step, zero_min, zero_step = bits.row_params(pairs, rows)
         scale_min, scale_step, zero_min, zero_step = (
             scale_min[:, None], scale_step[:, None], zero_min[:, None], zero_step[:, None]
@@ -144,7 +144,7 @@ def products(
     per_vector,  # pairs that share a vector, one after another
     width, out_width,
     matrix_rows, outputs,
-    scale_codes, zero_codes, params, groups, chunks, one,
+    scale_codes, zero_codes, row_params, groups, chunks, one,
     BITS: tl.constexpr, GROUP: tl.constexpr, IS_FLOAT16: tl.constexpr, ROWS: tl.constexpr,
     BIAS: tl.constexpr, BIAS_IS_FLOAT16: tl.constexpr, OUT_BITS: tl.constexpr,
     FORM: tl.constexpr, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr,
@@ -161,7 +161,7 @@ def products(
         tile = tile // 2 + tile % 2 * outputs
     rows = tl.minimum(tile, matrix_rows - 1)
     y = times(
-        record + offset, rows, x + pair // per_vector * width, scale_codes, zero_codes, params,
+        record + offset, rows, x + pair // per_vector * width, scale_codes, zero_codes, row_params,
         groups, chunks, one, BITS, GROUP, IS_FLOAT16, ROWS,
     )  # fmt: skip
     if BIAS:
