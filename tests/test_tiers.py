@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from greenroom.cache import VictimCache
 from greenroom.config import EngineSettings
@@ -85,6 +86,40 @@ def test_compiled_kernels_give_what_the_definition_gives(device_engines: Engines
     found, wanted = (call(engine, *routed(rows)) for engine in (compiled, plain))
     torch.testing.assert_close(found, wanted, rtol=5e-3, atol=5e-3 * float(wanted.abs().max()))
     assert not torch.equal(found, call(plain, *routed(rows + 1))[:rows])
+
+
+class Flow(TorchFunctionMode):
+    """Refuses to send a tensor to a device and wait for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is torch.Tensor.to and not given.get("non_blocking"):
+            places = [one for one in (*args[1:], *given.values()) if isinstance(one, torch.device)]
+            assert not places, "the host waits for all that is queued before"
+        return func(*args, **given)
+
+
+@pytest.mark.parametrize("rows", [1, 34])
+def test_the_host_does_not_wait_for_what_it_sends(
+    device_engines: Engines, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """While experts are served: the device may still have kernels and copies before it."""
+    pytest.importorskip("triton")
+    if device.unusable("cpu"):
+        pytest.skip(device.unusable("cpu"))
+    engine = device_engines(4, slots_kernel=over_slots.Compiled(), cpu_experts=True)
+    real, served = engine.runner._serve, []
+
+    def serve(*args: Any) -> torch.Tensor:
+        with Flow():
+            served.append(1)
+            return real(*args)
+
+    monkeypatch.setattr(engine.runner, "_serve", serve)
+    call(engine, *routed(rows))
+    assert served
+    with pytest.raises(AssertionError, match="waits"), Flow():  # negative control
+        torch.ones(1).to(torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -23,6 +23,17 @@ def allocate(nbytes: int) -> torch.Tensor:
     return torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes)
 
 
+def sent(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device. What is computed there from then on comes after the copy; the host waits for
+    nothing, for which the bytes have to be in pinned memory. Raises RuntimeError where a CUDA graph is captured: each
+    replay would send what lies there by then."""
+    if place.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("it sends values from the host")
+        tensor = tensor.pin_memory()
+    return tensor.to(place, non_blocking=True)
+
+
 def open_direct(path: Path) -> "tuple[int, bool]":
     """(a file descriptor, whether its reads bypass the page cache): tmpfs and some network file systems cannot."""
     try:

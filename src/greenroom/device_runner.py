@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from greenroom.buffers import sent
 from greenroom.cache import ExpertCache, Load
 from greenroom.device import Device, Event
 from greenroom.kernels import Activation, ExpertsKernel, ExpertTask
@@ -40,6 +41,7 @@ class DeviceCall(Call):
         index, host_weights, shares, host_x = fetched
         super().__init__(entry, x, index, host_weights, shares)
         self.device_weights, self.index = weights, index.tolist()
+        self._served = (index >= 0) & (index < entry.num_experts)
         self.host_x = None if host_x is None else host_x.to(torch.float32)
         """x on the host, where it may be computed there"""
 
@@ -51,20 +53,20 @@ class DeviceCall(Call):
     def slots(self, buffers: "dict[int, int]") -> torch.Tensor:
         """int32 [T, k] on the device: each pair's buffer, −1 for experts that are not in `buffers`."""
         found = [[buffers.get(expert, -1) for expert in row] for row in self.index]
-        return torch.tensor(found, dtype=torch.int32).to(self.x.device, non_blocking=True)
+        return sent(torch.tensor(found, dtype=torch.int32), self.x.device)
 
     def rows_by_expert(self) -> torch.Tensor:
         """int32 [P] on the device: each pair's token, pairs sorted by expert."""
-        return self._placed_rows.to(torch.int32)
+        return self.placed_rows.to(torch.int32)
 
     def places(self, by_expert: bool) -> torch.Tensor:
         """int32 [T, k] on the device: where each pair's output is, `by_expert` or in the order of tokens; −1 for
         sentinels."""
-        found = torch.full((len(self.order),), -1, dtype=torch.int32)
-        for start, end in self.spans.values():
-            pairs = self.order[start:end]
-            found[pairs] = torch.arange(start, end, dtype=torch.int32) if by_expert else pairs.to(torch.int32)
-        return found.view(self.device_weights.shape).to(self.x.device, non_blocking=True)
+        found = torch.arange(len(self.order), dtype=torch.int32)
+        if by_expert:
+            found = torch.empty_like(found).index_copy_(0, self.order, found)
+        found = torch.where(self._served, found.view(self._served.shape), -1)
+        return sent(found, self.x.device)
 
 
 class AheadCall(NamedTuple):
@@ -242,14 +244,14 @@ class DeviceRunner(ExpertRunner):
             (len(call.order), self._entries[layer].tensors[1].rows), dtype=torch.float32, device=call.x.device
         )
         self._compute_here(layer, call, activation, out)
-        rows = call.rows_by_expert()
+        rows = None if few else call.rows_by_expert()
         waiting = [expert for expert in call.experts if expert not in self._here]
         while waiting:
             buffers = self._next(layer, waiting, together=few)
             if not buffers:
                 self._collect(wait=True)
                 continue
-            self._launch(layer, call, activation, buffers, None if few else rows, out)
+            self._launch(layer, call, activation, buffers, rows, out)
             waiting = [expert for expert in waiting if expert not in buffers]
             for expert in buffers:
                 self._cache.release(layer, expert)
@@ -302,7 +304,7 @@ class DeviceRunner(ExpertRunner):
         tasks = [ExpertTask(self._transfer.borrow((layer, expert)), row) for expert in self._here]
         outputs = self._kernel(call.host_x, tasks, self._entries[layer].tensors, activation)
         for expert, output in zip(self._here, outputs, strict=True):
-            out[call.index[0].index(expert)] = output[0].to(out.device, non_blocking=True)
+            out[call.index[0].index(expert)] = sent(output[0], out.device)
         self._transfer.give_back()
         self.placement.computing_took((self._device.clock() - start_s) / len(self._here))
 

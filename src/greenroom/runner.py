@@ -4,6 +4,7 @@ The order in which experts arrive never shows: each expert's output is computed 
 and outputs are summed in ascending order of expert.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from greenroom import seam
+from greenroom.buffers import sent
 from greenroom.cache import ExpertCache
 from greenroom.cache.curve import MissRatioCurve
 from greenroom.kernels import Activation, ExpertsKernel, ExpertTask, native
@@ -329,8 +331,7 @@ class Call:
         self.order = torch.argsort(flat, stable=True)
         """pairs (token · k + place) by expert"""
         self._rows = self.order // top_k
-        weights = top_k_weights.reshape(-1)[self.order]
-        self._placed_rows, self._weights = self._rows.to(x.device), weights.to(x.device).unsqueeze(1)
+        self._host_weights = top_k_weights.reshape(-1)[self.order]
         experts, counts = torch.unique_consecutive(flat[self.order], return_counts=True)
         self.spans: dict[int, tuple[int, int]] = {}
         """expert → the first of its pairs in `order`, and the first that is not"""
@@ -341,23 +342,33 @@ class Call:
                 self.spans[expert] = (start, end)
         self.experts = list(self.spans)
         """distinct experts, ascending: the order of computing and of summing"""
-        last = {expert: (int(self._rows[end - 1]), float(weights[end - 1])) for expert, (_, end) in self.spans.items()}
-        self.valued = sorted(self.experts, key=lambda expert: last[expert])
+        ends = [end - 1 for _, end in self.spans.values()]
+        last = zip(self._rows[ends].tolist(), self._host_weights[ends].tolist(), self.experts, strict=True)
+        self.valued = [expert for _, _, expert in sorted(last)]
         """the same, least valuable first: by the last token that uses it, then by its weight there"""
+
+    @functools.cached_property
+    def placed_rows(self) -> torch.Tensor:
+        """int64 [P]: each pair's token, pairs sorted by expert, where x is."""
+        return sent(self._rows, self.x.device)
+
+    @functools.cached_property
+    def _weights(self) -> torch.Tensor:
+        return sent(self._host_weights, self.x.device).unsqueeze(1)
 
     def rows(self, expert: int) -> torch.Tensor:
         """Tokens routed to the expert, int64 [n], where x is."""
         start, end = self.spans[expert]
-        return self._placed_rows[start:end]
+        return self.placed_rows[start:end]
 
     def add(self, out: torch.Tensor, expert: int, output: torch.Tensor) -> None:
         """Add the expert's weighted output [n, H] to out [T, H] (float32)."""
         start, end = self.spans[expert]
-        if native.add_weighted(out, output, self._placed_rows[start:end], self._weights[start:end]):
+        if native.add_weighted(out, output, self.placed_rows[start:end], self._weights[start:end]):
             return
         weighted = (output * self._weights[start:end]).to(torch.float32)
         if end - start > _FEW_ROWS or out.device.type != "cpu":
-            out.index_add_(0, self._placed_rows[start:end], weighted)
+            out.index_add_(0, self.placed_rows[start:end], weighted)
             return
         for row, one in zip(self._rows[start:end].tolist(), weighted, strict=True):
             out[row] += one

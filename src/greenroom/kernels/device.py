@@ -2,7 +2,8 @@
 
 Experts lie in an `arena` uint8 [buffers, record_nbytes] on the device, in the layout of the packed file; a *slot* is a
 buffer's number, and −1 says that an expert is not there or that there is none (a router's sentinel). A *pair* is one of
-a token's k experts. Nothing here waits for the device, and every call but `prompt` can be captured in a CUDA graph.
+a token's k experts. Nothing here waits for the device, and every call but `prompt` can be captured in a CUDA graph
+once it has been made before.
 
     lookup      experts → slots, and what is missing, told to the host in pinned memory
     token       1 to 16 tokens whose experts are all there: the weighted sum
@@ -17,10 +18,12 @@ not depend on slots, on the order of arrival, or on what was there.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
 
+from greenroom.buffers import sent
 from greenroom.kernels.gpu import MOST_TOKENS
 from greenroom.kernels.reference import Activation
 from greenroom.packed import RecordTensor
@@ -168,9 +171,8 @@ def prompt(
         for span in spans
         for start in range(span.start, span.start + span.count, block)
     ]
-    _several(
-        x, arena, launch.Tasks(torch.tensor(tasks, dtype=torch.int32).to(x.device), rows, block), layout, kind, out
-    )
+    table = sent(torch.tensor(tasks, dtype=torch.int32), x.device)
+    _several(x, arena, launch.Tasks(table, rows, block), layout, kind, out)
 
 
 def combine(out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -192,10 +194,16 @@ def linear(
         launch.vectors(launch.arranged(x, matrix), packed, None, 1, matrix, None, launch.gate_of("identity"), out, None)
     else:
         block = launch.vectors_at_once(len(x), x.device)
-        tasks = [(0, start, min(block, len(x) - start)) for start in range(0, len(x), block)]
-        work = launch.Tasks(torch.tensor(tasks, dtype=torch.int32).to(x.device), None, block)
+        work = launch.Tasks(_blocks(len(x), block, x.device), None, block)
         launch.matrices(launch.multiplied(x), packed, work, 1, matrix, None, launch.gate_of("identity"), out)
     return out if bias is None else out.add_(bias)
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(vectors: int, block: int, place: torch.device) -> torch.Tensor:
+    """A table of tasks for so many vectors of one matrix, which is sent once."""
+    tasks = [(0, start, min(block, vectors - start)) for start in range(0, vectors, block)]
+    return sent(torch.tensor(tasks, dtype=torch.int32), place)
 
 
 def dequantised(packed: torch.Tensor, matrix: RecordTensor, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
