@@ -6,6 +6,7 @@ benchmarks/results/<gpu>.json; a short table comes last. Without a GPU it ends w
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -131,7 +132,8 @@ def tier(box: Box) -> None:
     temporary folder."""
     if box.late("tier", 0.15):
         return
-    torch.cuda.empty_cache()
+    with contextlib.suppress(RuntimeError):  # a kernel that faulted has taken this process's context with it
+        torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         out, seconds = Path(folder) / "tier.json", min(0.35 * box.seconds, box.left - 0.05 * box.seconds)
         command = [sys.executable, "-m", "benchmarks.gpu_tier", "--out", str(out)]

@@ -96,6 +96,23 @@ def test_a_part_that_fails_leaves_the_others() -> None:
     assert len(kept) == 1 and late.late("tier", 0.1) and "cut     tier" in gpu_suite.table(late.result)
 
 
+def test_the_tier_is_measured_after_a_kernel_that_faulted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in a process of its own, and this one's calls of CUDA all fail from then on."""
+
+    def faulted() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def run(command: "list[str]", **options: Any) -> "subprocess.CompletedProcess[str]":
+        Path(command[-1]).write_text('{"tier": {"failed": []}}')
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", faulted)
+    monkeypatch.setattr(subprocess, "run", run)
+    made = box()
+    made.ends = made.seconds
+    assert gpu_suite.run(made, [("tier", gpu_suite.tier)])["tier"] == {"failed": []} and "failed" not in made.result
+
+
 def test_the_table_of_everything() -> None:
     clock = OnceClock()
     result = {
