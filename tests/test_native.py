@@ -297,6 +297,15 @@ def test_what_the_kernels_decline() -> None:
     assert found is not None and torch.equal(found, native.linear(strided.contiguous(), packed, 8, 64, format))
 
 
+def test_a_linear_on_a_device_without_kernels_of_its_own_is_the_references() -> None:
+    """As on a GPU that is too old for them, or without Triton; a meta tensor is on no device that they serve."""
+    format = Format.of(4)
+    packed = torch.empty(Layout(8, 64, format).nbytes, dtype=torch.uint8, device="meta")
+    for vectors in (1, 40):
+        out = dispatch.linear(torch.empty(vectors, 64, dtype=torch.float16, device="meta"), packed, 8, 64, format)
+        assert (out.shape, out.dtype, out.device.type) == ((vectors, 8), torch.float16, "meta")
+
+
 @built
 def test_sizes_are_checked() -> None:
     format, x = FORMATS[9], vectors(1, 64)

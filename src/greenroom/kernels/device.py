@@ -55,6 +55,7 @@ class Span:
     count: int
 
 
+@functools.cache
 def unusable(device: "torch.device | str" = "cuda") -> str:
     """Why these kernels do not serve on `device`, or nothing: no triton, no such device, one older than 7.5."""
     device = torch.device(device)

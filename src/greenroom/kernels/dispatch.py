@@ -44,7 +44,7 @@ def linear(
     out = native.linear(x, packed, rows, cols, format, bias)
     if out is not None:
         return out
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" and not device.unusable(x.device):
         multiply = device.linear if device.multiplies(len(x), x.device) else products.linear
         return multiply(x, packed, rows, cols, format, bias)
     with lent_to_torch():
