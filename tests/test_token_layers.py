@@ -110,6 +110,17 @@ def test_a_layer_that_is_captured_late_hands_on_new_values(device_engines: Engin
     assert engine.steps.replayed == before + LAYERS * len(TOKENS)
 
 
+def test_inference_mode_comes_and_goes(device_engines: Engines) -> None:
+    """What it makes cannot be written without it; also where a layer has to be taken again."""
+    expected = decoded(ahead(device_engines(experts_per_layer=EXPERTS), False).model)
+    for slots in (2, EXPERTS):
+        engine = graphs(device_engines(experts_per_layer=slots))
+        for mode in (True, False, True, False):
+            with torch.inference_mode(mode):
+                assert same(decoded(engine.model), expected)
+        assert engine.steps.replayed > LAYERS
+
+
 def test_hidden_states_are_kept(device_engines: Engines) -> None:
     """Who collects what layers give finds this token's there, not the last one's."""
     found = []

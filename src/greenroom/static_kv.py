@@ -9,6 +9,7 @@ Room grows with the position, and nothing else: so do the shapes that attention 
 """
 
 import weakref
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -109,7 +110,13 @@ def _of_room(known: torch.Tensor, like: torch.Tensor, room: int) -> torch.Tensor
     shape = (*like.shape[:2], room, like.shape[3])
     if known.shape == shape and known.dtype == like.dtype:
         return known.zero_()
-    return like.new_zeros(shape)
+    with lasting():
+        return like.new_zeros(shape)
+
+
+def lasting() -> "AbstractContextManager[None]":
+    """For making memory that is written again and again: tensors made in inference mode cannot be written without."""
+    return torch.inference_mode(False)
 
 
 def _places(length: int, held: int, room: int, on: torch.device) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from greenroom.device import Captured, CaptureError, Device
 from greenroom.device_runner import AheadCall, DeviceRunner
-from greenroom.static_kv import NotServedError, StaticKV, StaticLayer, adopt, unfit
+from greenroom.static_kv import NotServedError, StaticKV, StaticLayer, adopt, lasting, unfit
 
 Arguments = dict[str, Any]
 
@@ -45,7 +45,8 @@ class Inputs:
         for fixed in self._all:
             if tensor is fixed.memory or tensor is fixed.source:
                 return fixed
-        self._all.append(_Fixed(torch.empty_like(tensor)))
+        with lasting():
+            self._all.append(_Fixed(torch.empty_like(tensor)))
         return self._all[-1]
 
     def keep(self, tensor: torch.Tensor) -> None:
@@ -73,7 +74,8 @@ class _Sight:
         shape = (*(mask.shape[:-1] if mask is not None else (1, 1, 1)), self.room)
         dtype = like.dtype if mask is None else mask.dtype
         if self.mask.shape != shape or self.mask.dtype != dtype or self.mask.device != like.device:
-            self.mask = torch.empty(shape, dtype=dtype, device=like.device)
+            with lasting():
+                self.mask = torch.empty(shape, dtype=dtype, device=like.device)
         if length < self.room:  # nothing has been overwritten
             self.mask.fill_(False if dtype == torch.bool else torch.finfo(dtype).min)
             here = self.mask[..., : length + 1]
@@ -97,7 +99,8 @@ class Sights:
         """For layers that have so much room, and are given a mask or none."""
         key = (room, window, masked)
         if key not in self._all:
-            self._all[key] = _Sight(room, torch.zeros(1, dtype=torch.int64, device=self._place))
+            with lasting():
+                self._all[key] = _Sight(room, torch.zeros(1, dtype=torch.int64, device=self._place))
         return self._all[key]
 
 
@@ -166,7 +169,7 @@ class TokenLayer:
         others = (leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))
         numbers = [leaf if isinstance(leaf, _PLAIN) else id(leaf) for leaf in others]
         shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
-        key = (tree, self._kv.address, *numbers, *shapes)
+        key = (tree, self._kv.address, torch.is_inference_mode_enabled(), *numbers, *shapes)
         if self._graph is None or self._graph.key != key:
             self._graph = None
             try:

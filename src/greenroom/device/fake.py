@@ -55,8 +55,10 @@ class FakeCaptured:
         for number, (one, other) in enumerate(zip(noted.noted, self._noted.noted, strict=False)):
             assert one == other, f"operation {number} was {other} when it was captured and is {one} now"
         assert len(noted.noted) == len(self._noted.noted), "operations are missing"
-        for found, target in zip(tensors(result), tensors(self.result), strict=True):
-            with torch.autograd.grad_mode._unsafe_preserve_version_counter(target):
+        targets = tensors(self.result)
+        versions = tuple(target for target in targets if not target.is_inference())
+        with torch.autograd.grad_mode._unsafe_preserve_version_counter(versions):
+            for found, target in zip(tensors(result), targets, strict=True):
                 target.copy_(found)
 
     def _call(self) -> "tuple[Rules, Any]":
