@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -55,6 +56,9 @@ class CudaDevice:
         self.dtype = torch.bfloat16 if modern else torch.float16
         self._uploads, self._downloads = cuda.Stream(self.place), cuda.Stream(self.place)
         self._pinned: dict[int, torch.Tensor] = {}
+        self._pinnable = True
+        # pages that are unmapped while they are registered spoil their addresses for whoever is given them next
+        weakref.finalize(self, _unpin, self.place, self._pinned).atexit = False
         self._capturing: Any = None
         self._graphs: weakref.WeakSet[CudaCaptured] = weakref.WeakSet()
         self._pool: Any = None
@@ -68,19 +72,31 @@ class CudaDevice:
         cuda.empty_cache()
 
     def pin(self, memory: torch.Tensor) -> None:
-        """Register the pages with the driver; they stay registered as long as this object lives."""
-        if memory.data_ptr() in self._pinned:
+        """Register the pages with the driver; they stay registered as long as this object lives.
+
+        Where it takes no more of them (some containers, WSL) copies go through the driver's own pinned memory: slower,
+        and the host waits for them.
+        """
+        if not self._pinnable or memory.data_ptr() in self._pinned:
             return
-        runtime = cuda.cudart()
-        cuda.check_error(int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)))
-        self._pinned[memory.data_ptr()] = memory
+        error = int(cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        if not error:
+            self._pinned[memory.data_ptr()] = memory
+            return
+        self._pinnable = False
+        pinned = sum(map(len, self._pinned.values()))
+        warnings.warn(
+            f"the driver pins {pinned >> 20} MiB of RAM and no more (error {error}): copies of the rest are slower; a "
+            "smaller --ram may help",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        with contextlib.suppress(RuntimeError):  # the runtime keeps the error for whoever asks next: a launch does
+            self.allocate(1).zero_()
 
     def close(self) -> None:
         """Wait for all copies and release pinned pages."""
-        cuda.synchronize(self.place)
-        runtime = cuda.cudart()
-        while self._pinned:
-            runtime.cudaHostUnregister(self._pinned.popitem()[0])
+        _unpin(self.place, self._pinned)
 
     def upload(self, target: torch.Tensor, source: torch.Tensor, after: "Sequence[CudaEvent]") -> CudaEvent:
         """On the stream for uploads."""
@@ -183,6 +199,15 @@ class CudaDevice:
     def title(self) -> str:
         """As the driver calls it."""
         return str(cuda.get_device_name(self.place))
+
+
+def _unpin(place: torch.device, pinned: "dict[int, torch.Tensor]") -> None:
+    cuda.synchronize(place)
+    runtime = cuda.cudart()
+    while pinned:
+        address, memory = pinned.popitem()  # which is held until it is unregistered
+        runtime.cudaHostUnregister(address)
+        del memory
 
 
 @contextlib.contextmanager
