@@ -1,5 +1,6 @@
 """What `CudaDevice` asks of torch.cuda, which is a stand-in here: there need be no GPU."""
 
+import contextlib
 import gc
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +8,26 @@ from typing import Any
 import pytest
 import torch
 
-from greenroom.device import CudaDevice
+from greenroom.device import CaptureError, CudaDevice
 from greenroom.device import cuda as room
+
+
+class Graph:
+    """Ends where it is told to."""
+
+    def __init__(self) -> None:
+        self.begun = self.ended = 0
+        self.fails: dict[str, BaseException] = {}
+
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        self.begun += 1
+        if "begin" in self.fails:
+            raise self.fails["begin"]
+
+    def capture_end(self) -> None:
+        self.ended += 1
+        if "end" in self.fails:
+            raise self.fails["end"]
 
 
 class Runtime:
@@ -16,6 +35,7 @@ class Runtime:
 
     def __init__(self, most: int = 1 << 30) -> None:
         self.most, self.registered, self.latched = most, set[int](), 0
+        self.graph = Graph()
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
         if address in self.registered or len(self.registered) == self.most:
@@ -32,9 +52,12 @@ class Runtime:
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     made = Runtime()
+    stream = SimpleNamespace(wait_stream=lambda other: None)
     stand_in = SimpleNamespace(
-        get_device_capability=lambda place: (7, 5), Stream=lambda place: None, cudart=lambda: made,
-        synchronize=lambda place: None,
+        get_device_capability=lambda place: (7, 5), Stream=lambda place: stream, cudart=lambda: made,
+        synchronize=lambda place: None, stream=lambda stream: contextlib.nullcontext(),
+        current_stream=lambda place: stream, graph_pool_handle=lambda: (0, 1), CUDAGraph=lambda: made.graph,
+        get_sync_debug_mode=lambda: 0, set_sync_debug_mode=lambda mode: None,
     )  # fmt: skip
     monkeypatch.setattr(room, "cuda", stand_in)
 
@@ -75,3 +98,30 @@ def test_memory_that_cannot_be_pinned_is_copied_all_the_same(runtime: Runtime) -
     assert runtime.registered == {memory[0].data_ptr()} and not runtime.latched, "the next launch would fail"
     device.close()
     assert not runtime.registered
+
+
+@pytest.mark.parametrize("where", ["begin", "end", "function"])
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory\nmore"), torch.OutOfMemoryError("none")])
+def test_a_capture_that_fails_says_why(runtime: Runtime, where: str, error: RuntimeError) -> None:
+    """The driver's memory for graphs is not torch's: a layer without one is taken as before. Torch's can be freed."""
+    device, calls = CudaDevice(0), []
+    runtime.graph.fails = {where: error}
+
+    def function() -> torch.Tensor:
+        calls.append(gc.isenabled())
+        if where == "function" and len(calls) > 1:
+            raise error
+        return torch.ones(1)
+
+    wanted = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else CaptureError
+    with pytest.raises(wanted) as caught:
+        device.capture(function)
+    assert "more" not in str(caught.value)
+    assert runtime.graph.ended == (where != "begin") and gc.isenabled()
+    assert calls == [True, False][: len(calls)], "a collection would call CUDA in a capture"
+
+
+def test_what_is_captured_stays_where_it_was_first(runtime: Runtime) -> None:
+    made = [torch.ones(1), torch.full((1,), 2.0)]
+    captured = CudaDevice(0).capture(lambda: (made[0] if runtime.graph.begun == 0 else made[1], "other"))
+    assert captured.result[0] is made[0] and made[0] == 2 and captured.result[1] == "other"

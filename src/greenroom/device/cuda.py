@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import time
 import warnings
 import weakref
@@ -170,22 +171,29 @@ class CudaDevice:
         self._capturing = self._capturing or cuda.Stream(self.place)
         graph = cuda.CUDAGraph()
         self._capturing.wait_stream(cuda.current_stream(self.place))
-        with cuda.stream(self._capturing):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        with cuda.stream(self._capturing), _nothing_collected():
             try:
-                for kept, made in zip(tensors(result), tensors(function()), strict=True):
-                    kept.copy_(made)
-            except BaseException as error:
-                with contextlib.suppress(RuntimeError):
-                    graph.capture_end()
-                if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-                    raise CaptureError(_first_line(error)) from error
+                self._record(graph, function, result)
+            except torch.OutOfMemoryError:
                 raise
-            graph.capture_end()
+            except RuntimeError as error:
+                raise CaptureError(_first_line(error)) from error
         cuda.current_stream(self.place).wait_stream(self._capturing)
         captured = CudaCaptured(graph, result)
         self._graphs.add(captured)
         return captured
+
+    def _record(self, graph: Any, function: "Callable[[], Any]", result: Any) -> None:
+        """Capture the function on the current stream, its results into those that it gave before."""
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            for kept, made in zip(tensors(result), tensors(function()), strict=True):
+                kept.copy_(made)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
 
     def memory(self) -> "tuple[int, int]":
         """As the driver counts, other processes included."""
@@ -211,10 +219,24 @@ def _unpin(place: torch.device, pinned: "dict[int, torch.Tensor]") -> None:
 
 
 @contextlib.contextmanager
+def _nothing_collected() -> "Iterator[None]":
+    """Within it, Python collects no cycles: what they hold may call CUDA when it goes, which spoils a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextlib.contextmanager
 def _nothing_waits() -> "Iterator[None]":
     """Within it, operations that let the host wait for the device raise CaptureError."""
     before = cuda.get_sync_debug_mode()
-    cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not see all of them
+        cuda.set_sync_debug_mode("error")
     try:
         yield
     except torch.OutOfMemoryError:
