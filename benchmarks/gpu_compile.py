@@ -106,7 +106,8 @@ def compiled(case: Case, capability: int) -> Found:
             if types.get(name, "constexpr") != "constexpr"
         },
     )
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": case.warps})
+    options = {"num_warps": case.warps, **launch.FUSED}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()

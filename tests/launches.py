@@ -36,8 +36,9 @@ def launcher(kernel: Any, grid: Any) -> Any:
 
     def launch(*args: Any, **kwargs: Any) -> None:
         *_, bind = kernel.device_caches[0]
-        arguments, specialization, _ = bind(*args, debug=False, **kwargs)
+        arguments, specialization, options = bind(*args, debug=False, **kwargs)
         assert list(arguments) == kernel.arg_names and len(specialization) == len(arguments)
+        assert options["enable_fp_fusion"] and max(grid[1:], default=1) <= 65535, grid
         bound.add(f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}")
 
     return launch
@@ -55,6 +56,7 @@ def main() -> None:
             slots = torch.zeros(tokens, 2, dtype=torch.int32)
             device.token(x, arena, slots, weights, its, "silu_and_mul")
             device.linear(x, its[0].part(arena[0]), its[0].rows, its[0].cols, format)
+            device.linear(x, torch.zeros(1, dtype=torch.uint8), 1 << 18, 64, format)
         rows, out = torch.zeros(80, dtype=torch.int32), torch.zeros(80, 256)
         device.prompt(x, arena, [device.Span(0, 0, 40), device.Span(1, 40, 40)], rows, its, "silu_and_mul", out)
         device.combine(out, slots, weights)

@@ -102,8 +102,9 @@ def lookup(table: torch.Tensor, top_k_index: torch.Tensor, missing: torch.Tensor
     slots = torch.empty(top_k_index.shape, dtype=torch.int32, device=top_k_index.device)
     count = top_k_index.numel()
     _pairs.lookup[(1,)](
-        table, top_k_index.contiguous(), slots, missing, len(table), count, BLOCK=triton.next_power_of_2(count)
-    )
+        table, top_k_index.contiguous(), slots, missing, len(table), count, BLOCK=triton.next_power_of_2(count),
+        **launch.FUSED,
+    )  # fmt: skip
     return slots
 
 
@@ -216,8 +217,9 @@ def dequantised(packed: torch.Tensor, matrix: RecordTensor, start: int, count: i
     parts = {name: value for name, value in launch.parts_of(matrix).items() if name != "IS_FLOAT16"}
     grid = (triton.cdiv(count, launch.COLUMNS), triton.cdiv(parts["chunks"], launch.UNITS))
     _tiles.dequantised[grid](
-        packed, out, start, start + count, matrix.cols, BN=launch.COLUMNS, UNITS=launch.UNITS, num_warps=4, **parts
-    )
+        packed, out, start, start + count, matrix.cols, BN=launch.COLUMNS, UNITS=launch.UNITS, num_warps=4,
+        **parts, **launch.FUSED,
+    )  # fmt: skip
     return out
 
 

@@ -28,6 +28,11 @@ UNITS = 2
 """Units of 16 columns that it dequantises at a time."""
 BLOCK = 256
 """Columns that one program of the small kernels handles."""
+MOST_PROGRAMS = 65535
+"""Of a grid's second dimension."""
+FUSED = {"enable_fp_fusion": True}
+"""Multiply-adds are one operation, on which the kernels' speed is reckoned; Triton's own choice changes with its
+version."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +83,7 @@ def arranged(x: torch.Tensor, matrix: RecordTensor) -> torch.Tensor:
     bits = matrix.format.bits
     out = torch.empty((len(x), width(matrix.cols, bits)), dtype=torch.float32, device=x.device)
     grid = (len(x), triton.cdiv(out.shape[1], BLOCK))
-    _vector.arrange[grid](x.contiguous(), out, matrix.cols, out.shape[1], BITS=bits, BLOCK=BLOCK)
+    _vector.arrange[grid](x.contiguous(), out, matrix.cols, out.shape[1], BITS=bits, BLOCK=BLOCK, **FUSED)
     return out
 
 
@@ -98,6 +103,8 @@ def vectors(
     warps = len(out) * triton.cdiv(matrix.rows, ROWS)
     few_registers = matrix.format.bits != 3
     rows = ROWS if warps >= _enough(x.device) and few_registers else ROWS // 2
+    if triton.cdiv(matrix.rows, rows) > MOST_PROGRAMS:  # a head of 262144 tokens
+        rows = ROWS
     _vector.products[(len(out), triton.cdiv(matrix.rows, rows))](
         x,
         arena,
@@ -118,6 +125,7 @@ def vectors(
         BIAS_IS_FLOAT16=bias is not None and bias.format.dtype == "float16",
         OUT_BITS=after.format.bits if after else 0,
         **gate,
+        **FUSED,
         num_warps=1,
     )
 
@@ -150,6 +158,7 @@ def matrices(
         BN=COLUMNS,
         UNITS=UNITS,
         **gate,
+        **FUSED,
         num_warps=4,
     )
 
@@ -163,7 +172,7 @@ def weighted_sum(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor
     out = torch.empty((tokens, rows.shape[1]), dtype=torch.float32, device=rows.device)
     grid = (tokens, triton.cdiv(rows.shape[1], BLOCK))
     _pairs.combine[grid](
-        rows, places.contiguous(), weights.contiguous(), out, rows.shape[1], K=top_k, OWN=own, BLOCK=BLOCK
+        rows, places.contiguous(), weights.contiguous(), out, rows.shape[1], K=top_k, OWN=own, BLOCK=BLOCK, **FUSED
     )
     return out
 
