@@ -51,6 +51,19 @@ def test_going_ahead_does_not_show(expected: "list[torch.Tensor]", device_engine
         assert engine.steps.launched >= LAYERS * (len(TOKENS) - 1)
 
 
+def test_the_host_waits_for_what_it_reads(
+    expected: "list[torch.Tensor]", device_engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: what is sent back is there when its event has come."""
+    engine = ahead(device_engines(experts_per_layer=EXPERTS))
+    assert same(decoded(engine.model), expected)
+    launched, device = engine.steps.launched, engine.device
+    monkeypatch.setattr(device, "fetch", lambda *tensors: [tensor.clone() for tensor in tensors])
+    monkeypatch.setattr(device, "synchronise", lambda event: None)
+    decoded(engine.model)
+    assert engine.steps.launched == launched, "layers were settled by what was not there yet"
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     ram_slots=st.integers(0, EXPERTS * LAYERS),

@@ -157,8 +157,12 @@ class FakeDevice:
         return event.end_s - event.start_s
 
     def send_back(self, *tensors: torch.Tensor) -> "tuple[list[torch.Tensor], FakeEvent]":
-        """There when what is being computed is."""
-        return [tensor.clone() for tensor in tensors], self.mark()
+        """There when what is being computed is; before somebody has waited for that they hold anything."""
+        queue: deque[FakeEvent] = deque()
+        found = [torch.full_like(tensor, -1) for tensor in tensors]
+        for target, source in zip(found, tensors, strict=True):
+            queue.append(FakeEvent(self.compute_s, self.compute_s, queue, (target, source.clone())))
+        return found, queue[-1] if queue else self.mark()
 
     def fetch(self, *tensors: torch.Tensor) -> "list[torch.Tensor]":
         """The host waits for what is being computed."""
