@@ -23,63 +23,61 @@ struct Count {
     static constexpr int value = N;
 };
 
-// scores[n][position] of one block
+// scores[n][position] of one block, no more positions at a time than registers hold sums of
 template <class V, int N>
 void score_block(const std::uint8_t* block, const float* const* q, int dim, float* const* scores, bool first_tile) {
-    constexpr int count = kPositions / V::kWidth;
-    typename V::F sums[N][count];
-    for (int n = 0; n < N; ++n)
-        for (int i = 0; i < count; ++i) sums[n][i] = V::zero();
+    constexpr int count = kPositions / V::kWidth < 4 ? kPositions / V::kWidth : 4;
     const std::int64_t ahead = first_tile ? kBlocksAhead * 2 * kPositions * dim : 0;
-    for (int d = 0; d < dim; ++d) {
-        __builtin_prefetch(block + ahead + 2 * d * kPositions);
-        typename V::F keys[count];
-        for (int i = 0; i < count; ++i)
-            keys[i] = V::template from_halves<true>(block + 2 * (d * kPositions + i * V::kWidth));
-        for (int n = 0; n < N; ++n) {
-            const auto x = V::set1(q[n][d]);
-            for (int i = 0; i < count; ++i) sums[n][i] = V::fma(keys[i], x, sums[n][i]);
+    for (int first = 0; first < kPositions; first += count * V::kWidth) {
+        typename V::F sums[N][count];
+        for (int n = 0; n < N; ++n)
+            for (int i = 0; i < count; ++i) sums[n][i] = V::zero();
+        for (int d = 0; d < dim; ++d) {
+            const std::uint8_t* from = block + 2 * (d * kPositions + first);
+            __builtin_prefetch(from + ahead);
+            typename V::F keys[count];
+            for (int i = 0; i < count; ++i) keys[i] = V::template from_halves<true>(from + 2 * i * V::kWidth);
+            for (int n = 0; n < N; ++n) {
+                const auto x = V::set1(q[n][d]);
+                for (int i = 0; i < count; ++i) sums[n][i] = V::fma(keys[i], x, sums[n][i]);
+            }
         }
+        for (int n = 0; n < N; ++n)
+            for (int i = 0; i < count; ++i) V::store(scores[n] + first + i * V::kWidth, sums[n][i]);
     }
-    for (int n = 0; n < N; ++n)
-        for (int i = 0; i < count; ++i) V::store(scores[n] + i * V::kWidth, sums[n][i]);
 }
 
-// out[n][column .. column + 2 vectors) += weights[n][p] * values[p]
-template <class V, int N>
+// out[n][column .. column + C vectors) += weights[n][p] * values[p]
+template <class V, int N, int C>
 void mix_columns(const std::uint8_t* values, int value_dim, int column, const float* const* weights, int positions,
                  float* const* out, bool first_tile) {
-    typename V::F sums[N][2];
-    for (int n = 0; n < N; ++n) {
-        sums[n][0] = V::load(out[n] + column);
-        sums[n][1] = V::load(out[n] + column + V::kWidth);
-    }
+    typename V::F sums[N][C];
+    for (int n = 0; n < N; ++n)
+        for (int c = 0; c < C; ++c) sums[n][c] = V::load(out[n] + column + c * V::kWidth);
     const std::int64_t ahead = first_tile ? kBlocksAhead * 2 * kPositions * value_dim : 0;
     for (int p = 0; p < positions; ++p) {
         const std::uint8_t* from = values + 2 * (static_cast<std::int64_t>(p) * value_dim + column);
         __builtin_prefetch(from + ahead);
-        const auto first = V::template from_halves<true>(from);
-        const auto second = V::template from_halves<true>(from + 2 * V::kWidth);
+        typename V::F its[C];
+        for (int c = 0; c < C; ++c) its[c] = V::template from_halves<true>(from + 2 * c * V::kWidth);
         for (int n = 0; n < N; ++n) {
             const auto weight = V::set1(weights[n][p]);
-            sums[n][0] = V::fma(first, weight, sums[n][0]);
-            sums[n][1] = V::fma(second, weight, sums[n][1]);
+            for (int c = 0; c < C; ++c) sums[n][c] = V::fma(its[c], weight, sums[n][c]);
         }
     }
-    for (int n = 0; n < N; ++n) {
-        V::store(out[n] + column, sums[n][0]);
-        V::store(out[n] + column + V::kWidth, sums[n][1]);
-    }
+    for (int n = 0; n < N; ++n)
+        for (int c = 0; c < C; ++c) V::store(out[n] + column + c * V::kWidth, sums[n][c]);
 }
 
 // out[n] += weights[n][p] * values[p]
 template <class V, int N>
 void mix_rows(const std::uint8_t* values, int value_dim, const float* const* weights, int positions, float* const* out,
               bool first_tile) {
+    constexpr int C = V::kWidth == 4 && V::kRegisters == 32 ? 4 : 2;
     int column = 0;
-    for (; column + 2 * V::kWidth <= value_dim; column += 2 * V::kWidth)
-        mix_columns<V, N>(values, value_dim, column, weights, positions, out, first_tile);
-    for (; column < value_dim; ++column)  // what does not fill two vectors
+    for (; column + C * V::kWidth <= value_dim; column += C * V::kWidth)
+        mix_columns<V, N, C>(values, value_dim, column, weights, positions, out, first_tile);
+    for (; column < value_dim; ++column)  // what does not fill them
         for (int p = 0; p < positions; ++p) {
             const float value = float16_at(values + 2 * (static_cast<std::int64_t>(p) * value_dim + column));
             for (int n = 0; n < N; ++n) out[n][column] += weights[n][p] * value;

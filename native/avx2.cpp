@@ -12,10 +12,10 @@ namespace {
 struct Avx2 {
     using F = __m256;
     using I = __m256i;
-    static constexpr int kWidth = 8, kBytes = 32;
-    static constexpr bool kUnsignedBytes = false;  // 255 * 128 twice is too much for 16 bits
+    static constexpr int kWidth = 8, kBytes = 32, kRegisters = 16;
+    static constexpr bool kSigned = false, kWords = true;  // 255 * 128 twice is too much for 16 bits
     static constexpr bool kInPlace = false;
-    static constexpr int tile_rows = 4, tile_vectors = 4, most_vectors = 128;
+    static constexpr int tile_rows = 4, tile_rows_of_several = 4, tile_vectors = 4, most_vectors = 128;
     static constexpr int kTileVectors = 3;  // as many as 16 registers hold sums of, in parts and whole, beside codes
     static constexpr bool rows_apart = true;  // 16 registers do not hold a tile's codes
 
@@ -89,9 +89,11 @@ struct Avx2 {
     static I none() { return _mm256_setzero_si256(); }
     static I load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
     static void store_bytes(void* p, I value) { _mm256_storeu_si256(static_cast<I*>(p), value); }
-    static I repeat_four(const std::uint8_t* p) {
+    using Quads = const std::uint8_t*;
+    static Quads quads(const std::uint8_t* p) { return p; }
+    static I four(Quads quads, int number) {
         std::int32_t four;
-        std::memcpy(&four, p, 4);
+        std::memcpy(&four, quads + 4 * number, 4);
         return _mm256_set1_epi32(four);
     }
     static I begin_part(I) { return none(); }

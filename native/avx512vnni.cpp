@@ -12,10 +12,10 @@ namespace {
 struct Avx512Vnni {
     using F = __m512;
     using I = __m512i;
-    static constexpr int kWidth = 16, kBytes = 64;
-    static constexpr bool kUnsignedBytes = true;  // products take codes of 8 bits, too
+    static constexpr int kWidth = 16, kBytes = 64, kRegisters = 32;
+    static constexpr bool kSigned = false, kWords = false;
     static constexpr bool kInPlace = true;  // a byte of 192 or 240 is as good as one of 3 or 15
-    static constexpr int tile_rows = 4, tile_vectors = 4, most_vectors = 128;
+    static constexpr int tile_rows = 4, tile_rows_of_several = 4, tile_vectors = 4, most_vectors = 128;
     static constexpr int kTileVectors = 6;  // 12 sums in integers and 12 in floats: what 32 registers hold beside codes
     static constexpr bool rows_apart = false;
 
@@ -80,9 +80,11 @@ struct Avx512Vnni {
     static I none() { return _mm512_setzero_si512(); }
     static I load_bytes(const void* p) { return _mm512_loadu_si512(p); }
     static void store_bytes(void* p, I value) { _mm512_storeu_si512(p, value); }
-    static I repeat_four(const std::uint8_t* p) {
+    using Quads = const std::uint8_t*;
+    static Quads quads(const std::uint8_t* p) { return p; }
+    static I four(Quads quads, int number) {
         std::int32_t four;
-        std::memcpy(&four, p, 4);
+        std::memcpy(&four, quads + 4 * number, 4);
         return _mm512_set1_epi32(four);
     }
     static I begin_part(I sum) { return sum; }

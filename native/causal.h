@@ -20,7 +20,7 @@ constexpr float kUnseen = -1e30f;   // below any score, and finite
 template <class V, int N>
 void multiply_tile(const float* a, std::int64_t stride, std::int64_t step, int count, const float* b, const float* factor,
                    float* out) {
-    constexpr int W = V::kWidth, C = W == 16 ? 4 : 2;
+    constexpr int W = V::kWidth, C = V::kRegisters == 32 ? 4 : 2;
     for (int column = 0; column < kRows; column += C * W) {
         typename V::F sums[N][C];
         for (int n = 0; n < N; ++n)

@@ -324,6 +324,9 @@ std::vector<const Isa*> available() {
     if (kAvx512Vnni.supported()) found.push_back(&kAvx512Vnni);
     if (kAvx2.supported()) found.push_back(&kAvx2);
 #endif
+#ifdef GREENROOM_ARM
+    if (kNeon.supported()) found.push_back(&kNeon);
+#endif
     found.push_back(&kPortable);
     return found;
 }

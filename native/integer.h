@@ -2,11 +2,12 @@
 // translation unit that uses it, and internal to it, like rows.h, and for the same reason without the standard library.
 //
 // A vector is rounded to 16-bit integers, x = xs * (256 hi + lo), with one xs for each panel of 512 columns and signed
-// bytes hi and lo. A row's codes q are unsigned bytes, so that a group's sum of q (256 hi + lo) is exact, and
+// bytes hi and lo. A row's codes q are bytes, too, so that a group's sum of q (256 hi + lo) is exact, and
 //
 //     row . x = sum over panels of xs * (sum over groups of scale * D)  -  sum over groups of scale * zero * X
 //
-// where D is that exact sum and X the group's sum of x as rounded. Rounding x is the one approximation beyond float32's:
+// where D is that exact sum and X the group's sum of x as rounded. (Where an instruction set multiplies signed bytes alone,
+// codes of 8 bits and their zeros are both less 128: decode_groups.) Rounding x is the one approximation beyond float32's:
 // at most max |x| / 65278 an element, for random vectors 3e-5 of their norm, and never above 2e-4 of a panel's: less than
 // a sixth of what bfloat16 costs.
 //
@@ -16,6 +17,10 @@
 #pragma once
 
 #include "rows.h"
+
+#ifndef GREENROOM_UNROLL  // before the loop over a chunk's sums
+#define GREENROOM_UNROLL
+#endif
 
 namespace greenroom {
 namespace {
@@ -37,7 +42,7 @@ struct Chunk {
     static constexpr int sums = GROUP >= 64 ? 1 : 64 / GROUP < vectors ? 64 / GROUP : vectors;  // of whole groups each
     static constexpr int per_sum = vectors / sums;                          // vectors
     // A vector with a sum of its own may keep its codes where they lie in the byte: `shift` bits up, made good by the scale.
-    static constexpr bool words = BITS == 8 && !V::kUnsignedBytes;
+    static constexpr bool words = BITS == 8 && V::kWords;
     static constexpr bool in_place = V::kInPlace && per_sum == 1 && vectors > 1 && BITS != 3;
     static constexpr int shift(int group) { return in_place ? low * (group * GROUP % 64 / lane) : 0; }
     static constexpr int groups = columns <= GROUP ? 1 : columns / GROUP;   // that it has a part of
@@ -177,18 +182,26 @@ struct Tile {
     // A chunk from `column` on. WHOLE: all its bytes are the row's.
     template <bool WHOLE>
     GREENROOM_INLINE void add(std::int64_t column) {
-        if constexpr (!apart) return add_together<WHOLE>(column);
-        for (int r = 0; r < R; ++r) {
-            typename V::template Packed<BITS> packed;
-            load<WHOLE>(packed, r, column);
-            const F scales = V::template load_groups<C::groups>(scale + r * groups + column / GROUP);
-            for (int i = 0; i < C::sums; ++i) {
-                typename V::I q[C::per_sum];
-                for (int v = 0; v < C::per_sum; ++v) q[v] = packed.template codes<C::in_place>(i * C::per_sum + v);
-                const F s = V::template pick<C::groups>(scales, group_of.index[i]);
-                for (int n = 0; n < N; ++n) sum[r][n] = V::fma(dot(q, planes(n, column, i)), s, sum[r][n]);
+        if constexpr (apart) {
+            for (int r = 0; r < R; ++r) {
+                add_row<WHOLE>(r, column);
+                asm volatile("" ::: "memory");  // else the compiler mixes rows
             }
-            asm volatile("" ::: "memory");  // else the compiler mixes rows
+        } else {
+            add_together<WHOLE>(column);
+        }
+    }
+
+    template <bool WHOLE>
+    GREENROOM_INLINE void add_row(int r, std::int64_t column) {
+        typename V::template Packed<BITS> packed;
+        load<WHOLE>(packed, r, column);
+        const F scales = V::template load_groups<C::groups>(scale + r * groups + column / GROUP);
+        for (int i = 0; i < C::sums; ++i) {
+            typename V::I q[C::per_sum];
+            for (int v = 0; v < C::per_sum; ++v) q[v] = packed.template codes<C::in_place>(i * C::per_sum + v);
+            const F s = V::template pick<C::groups>(scales, group_of.index[i]);
+            for (int n = 0; n < N; ++n) sum[r][n] = V::fma(dot(q, planes(n, column, i)), s, sum[r][n]);
         }
     }
 
@@ -201,7 +214,7 @@ struct Tile {
             load<WHOLE>(packed[r], r, column);
             scales[r] = V::template load_groups<C::groups>(scale + r * groups + column / GROUP);
         }
-        for (int i = 0; i < C::sums; ++i) {
+        GREENROOM_UNROLL for (int i = 0; i < C::sums; ++i) {
             typename V::I q[R][C::per_sum];
             F s[R];
             for (int r = 0; r < R; ++r) {
@@ -273,8 +286,16 @@ void integer_rows(const Matrix& matrix, std::int64_t row, const std::uint8_t* co
                   const float* scale, const float* offset) {
     int n = 0;
     constexpr int T = V::tile_vectors;
+    if constexpr (R > V::tile_rows_of_several) {  // several vectors' sums leave room for fewer rows
+        if (count == 1) return integer_tile<V, BITS, GROUP, R, 1>(matrix, row, x, y, scale, offset, true);
+        constexpr int fewer = V::tile_rows_of_several;
+        for (int r = 0; r < R; r += fewer)
+            integer_rows<V, BITS, GROUP, fewer>(matrix, row + r, x, count, y, scale + r * padded_groups(matrix), offset + r * padded_groups(matrix));
+        return;
+    }
     for (; n + T <= count; n += T) integer_tile<V, BITS, GROUP, R, T>(matrix, row, x + n, y + n, scale, offset, false);
-    for (; n + 4 <= count; n += 4) integer_tile<V, BITS, GROUP, R, 4>(matrix, row, x + n, y + n, scale, offset, false);
+    if constexpr (T > 3)
+        for (; n + 4 <= count; n += 4) integer_tile<V, BITS, GROUP, R, 4>(matrix, row, x + n, y + n, scale, offset, false);
     switch (count - n) {
         case 1: return integer_tile<V, BITS, GROUP, R, 1>(matrix, row, x + n, y + n, scale, offset, count == 1);
         case 2: return integer_tile<V, BITS, GROUP, R, 2>(matrix, row, x + n, y + n, scale, offset, false);

@@ -110,6 +110,9 @@ extern const Isa kPortable;
 extern const Isa kAvx2;
 extern const Isa kAvx512Vnni;
 #endif
+#ifdef GREENROOM_ARM
+extern const Isa kNeon;
+#endif
 
 inline std::int64_t padded_groups(const Matrix& matrix) { return (matrix.groups + 15) / 16 * 16 + 16; }
 }  // namespace greenroom

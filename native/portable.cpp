@@ -9,7 +9,8 @@ namespace {
 
 struct Portable {
     using F = float __attribute__((vector_size(16)));
-    static constexpr int kWidth = 4;
+    static constexpr int kWidth = 4, kRegisters = 16;
+    static constexpr bool kSigned = false;
 
     static F zero() { return F{0, 0, 0, 0}; }
     static F set1(float value) { return F{value, value, value, value}; }

@@ -64,6 +64,7 @@ GREENROOM_INLINE void decode_groups(const Matrix& matrix, std::int64_t row, cons
         scale_min = V::mul(scale_min, factors), scale_step = V::mul(scale_step, factors);
         zero_min = V::mul(zero_min, inverse), zero_step = V::mul(zero_step, inverse);
     }
+    if (V::kSigned && matrix.bits == 8) zero_min = V::add(zero_min, V::set1(128.0f));  // as the codes come less 128
     const std::uint8_t* scale_codes = matrix.scale_codes + row * matrix.groups;
     const std::uint8_t* zero_codes = matrix.zero_codes + row * matrix.groups;
     for (std::int64_t group = 0; group < matrix.groups; group += V::kWidth) {

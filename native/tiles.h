@@ -92,13 +92,15 @@ void add_panel(const TurnedPanel& panel, const PreparedPlanes& at, const std::ui
                 typename V::I part[kHalves][T];  // of four quads: as far as 16 bits may hold a sum
                 for (int h = 0; h < kHalves; ++h)
                     for (int n = 0; n < T; ++n) part[h][n] = V::begin_part(sum[h][n]);
+                typename V::Quads its[T];
+                for (int n = 0; n < T; ++n) its[n] = V::quads(x[n] + column + quads * kQuad);
 #pragma GCC unroll 4
                 for (int quad = 0; quad < kQuads; ++quad) {
                     const std::uint8_t* at_quad = group + (quads + quad) * R * kQuad;
                     typename V::I codes[kHalves];
                     for (int h = 0; h < kHalves; ++h) codes[h] = V::load_bytes(at_quad + h * W * kQuad);
                     for (int n = 0; n < T; ++n) {
-                        const typename V::I four = V::repeat_four(x[n] + column + (quads + quad) * kQuad);
+                        const auto four = V::four(its[n], quad);
                         for (int h = 0; h < kHalves; ++h) part[h][n] = V::add_products(part[h][n], codes[h], four);
                     }
                 }
