@@ -204,6 +204,54 @@ std::vector<float> decode(const std::vector<DecoderLayer>& layers, const float* 
     return seen;
 }
 
+// The same with experts that are there, layer by layer or all in one walk.
+std::vector<float> walk(const std::vector<DecoderLayer>& layers, const Records& records, int tokens, bool at_once, int threads) {
+    static const std::int64_t kFirstRow = 0;
+    std::vector<float> hidden(kWidth), normed(kWidth), outputs(3 * kWidth), seen;
+    const float cosine[] = {1.0f, 0.5f, 0.25f, 0.0f}, sine[] = {0.0f, 0.5f, 0.75f, 1.0f};
+    Decoder decoder(layers, kWidth, hidden.data(), normed.data());
+    std::vector<std::unique_ptr<std::uint16_t[]>> memory;
+    for (int i = 0; i < 4; ++i) memory.push_back(array<std::uint16_t>(2 * kPositions * (kLatent + kRotary)));
+    const auto bytes = [&](std::size_t number) { return reinterpret_cast<std::uint8_t*>(memory[number].get()); };
+    for (int token = 0; token < tokens; ++token) {
+        for (int i = 0; i < kWidth; ++i) hidden[static_cast<std::size_t>(i)] = static_cast<float>((token * 7 + i * 3) % 11 - 5);
+        const std::vector<KeyValues> caches{{bytes(0), bytes(1), kPositions, 0, token}, {bytes(2), bytes(3), kPositions, 0, token}};
+        if (at_once) {
+            for (const Chosen& chosen : decoder.walk(caches, cosine, sine, {records, {}}, outputs.data(), threads))
+                seen.insert(seen.end(), chosen.weights.begin(), chosen.weights.end());
+        } else {
+            const Chosen chosen = decoder.attend(0, caches[0], cosine, sine, threads);
+            decoder.shared(0, threads);
+            std::vector<Task> tasks;
+            for (std::size_t e = 0; e < chosen.experts.size(); ++e)
+                tasks.push_back({records.at[static_cast<std::size_t>(chosen.experts[e])], &kFirstRow, 1, outputs.data() + e * kWidth});
+            experts(normed.data(), tasks, records.layout, threads);
+            decoder.combine(0, outputs.data(), chosen.weights);
+            decoder.attend(1, caches[1], cosine, sine, threads);
+            seen.insert(seen.end(), chosen.weights.begin(), chosen.weights.end());
+        }
+        seen.insert(seen.end(), hidden.begin(), hidden.end());
+    }
+    return seen;
+}
+
+void check_walk(const Isa& isa, const std::vector<DecoderLayer>& layers, Memory& memory) {
+    const Weights first = memory.matrix(2 * 12 * 24, kWidth), second = memory.matrix(12 * kWidth, 24);  // of 12 experts
+    const Shape one{2 * 24, kWidth, 16, 0, true}, other{kWidth, 24, 16, 0, true};
+    Records records{{one, other, 0, one.nbytes(), -1, -1, false, {Function::silu, Order::halves, 1.0f, INFINITY, 0.0f}}, {}};
+    std::vector<std::unique_ptr<std::uint8_t[]>> made;
+    for (int expert = 0; expert < 12; ++expert) {
+        made.push_back(array<std::uint8_t>(one.nbytes() + other.nbytes()));
+        std::memcpy(made.back().get(), first.packed + expert * one.nbytes(), static_cast<std::size_t>(one.nbytes()));
+        std::memcpy(made.back().get() + one.nbytes(), second.packed + expert * other.nbytes(), static_cast<std::size_t>(other.nbytes()));
+        records.at.push_back(made.back().get());
+    }
+    const std::vector<float> want = walk(layers, records, 9, false, 1);
+    for (int threads : {1, 3}) expect(walk(layers, records, 9, true, threads) == want, "decoder: a walk is its steps", threads, 0, isa.name);
+    std::swap(records.at[0], records.at[1]), std::swap(records.at[4], records.at[8]), std::swap(records.at[3], records.at[11]);
+    expect(walk(layers, records, 9, true, 1) != want, "decoder: other experts give other numbers", 1, 0, isa.name);
+}
+
 std::vector<float> prompt(const std::vector<DecoderLayer>& layers, int tokens, int threads) {
     std::vector<float> hidden(static_cast<std::size_t>(tokens * kWidth)), normed(hidden.size()), outputs(hidden.size(), 0.25f);
     std::vector<float> cosine(static_cast<std::size_t>(tokens * kRotary / 2), 0.5f), sine(cosine.size(), 0.75f);
@@ -244,6 +292,7 @@ void check_decoder(const Isa& isa) {
     expect(finite, "decoder: finite", 0, 0, isa.name);
     for (int threads : {2, 3}) expect(decode(layers, norm, 1100, threads) == want, "decoder: the same bits", threads, 0, isa.name);
     check_prompt(isa, layers);
+    check_walk(isa, layers, memory);
 }
 
 }  // namespace

@@ -45,7 +45,9 @@ private:
     Clock::time_point start_;
 };
 
-std::atomic<std::int64_t> linears_ns{0};
+std::atomic<std::int64_t> linears_ns{0}, experts_ns{0};
+
+double seconds(const std::atomic<std::int64_t>& ns) { return 1e-9 * static_cast<double>(ns.load(std::memory_order_relaxed)); }
 
 // Uninitialised memory, aligned for any vector.
 template <class T>
@@ -372,9 +374,12 @@ void linear(const float* x, int count, const std::uint8_t* packed, const Shape& 
     linears(x, count, &one, 1, threads, rough);
 }
 
-double linears_s() { return 1e-9 * static_cast<double>(linears_ns.load(std::memory_order_relaxed)); }
+double linears_s() { return seconds(linears_ns); }
+
+double experts_s() { return seconds(experts_ns); }
 
 void experts(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, int threads, bool rough) {
+    const Spent spent(experts_ns);
     std::vector<Task> few, many;
     for (const Task& task : tasks) (task.count < kMany ? few : many).push_back(task);
     experts_alike(x, few, layout, Batch::few, threads);

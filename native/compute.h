@@ -55,8 +55,9 @@ void linears(const float* x, int count, const Linear* list, int n, int threads, 
 void linear(const float* x, int count, const std::uint8_t* packed, const Shape& shape, const float* bias, float* out,
             int threads, bool rough = false);
 
-// Seconds that callers have spent in these two, since the process started.
+// Seconds that callers have spent in these two, and in `experts`, since the process started.
 double linears_s();
+double experts_s();
 
 // Each task's out = second . gate(first . x[rows] + bias) + bias. x is [_, first.cols].
 void experts(const float* x, const std::vector<Task>& tasks, const ExpertLayout& layout, int threads, bool rough = false);

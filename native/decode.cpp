@@ -260,6 +260,25 @@ void Decoder::combine(std::size_t layer, const float* outputs, const std::vector
     for (std::int64_t i = 0; i < width_; ++i) hidden_[i] += sum[i];
 }
 
+std::vector<Chosen> Decoder::walk(const std::vector<KeyValues>& caches, const float* cosine, const float* sine,
+                                  const std::vector<Records>& records, float* outputs, int threads) {
+    static constexpr std::int64_t kFirstRow = 0;
+    std::vector<Chosen> found;
+    std::vector<Task> tasks;
+    for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
+        found.push_back(attend(layer, caches.at(layer), cosine, sine, threads));
+        if (!layers_[layer].router) continue;
+        shared(layer, threads);
+        tasks.clear();
+        for (int expert : found.back().experts)
+            tasks.push_back({records.at(layer).at.at(static_cast<std::size_t>(expert)), &kFirstRow, 1,
+                             outputs + static_cast<std::int64_t>(tasks.size()) * width_});
+        experts(normed_, tasks, records[layer].layout, threads);
+        combine(layer, outputs, found.back().weights);
+    }
+    return found;
+}
+
 void Decoder::finish(const Norm& norm) { normalize(norm, hidden_, width_, normed_); }
 
 }  // namespace greenroom

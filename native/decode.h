@@ -18,6 +18,12 @@ struct KeyValues {
     std::int64_t capacity, first, length;
 };
 
+// Where a layer's experts lie: the address of each one's record. None where a layer has no experts.
+struct Records {
+    ExpertLayout layout;
+    std::vector<const std::uint8_t*> at;
+};
+
 class Decoder {
 public:
     // hidden, normed: [width], the caller's: the residual stream, and what routers and experts see
@@ -36,6 +42,10 @@ public:
     void shared(std::size_t layer, int threads);
     // hidden += sum of weights[e] * outputs[e] in order, plus what `shared` computed. outputs: [n, width]
     void combine(std::size_t layer, const float* outputs, const std::vector<float>& weights);
+    // A token through all layers where every expert is there: `attend`, `shared`, the experts and `combine` in turn.
+    // caches, records: of each layer; outputs: [most experts that a layer chooses, width]. Gives what each layer chose.
+    std::vector<Chosen> walk(const std::vector<KeyValues>& caches, const float* cosine, const float* sine,
+                             const std::vector<Records>& records, float* outputs, int threads);
     // normed = norm(hidden)
     void finish(const Norm& norm);
 

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
@@ -103,6 +104,53 @@ std::pair<std::vector<int>, std::vector<float>> attend(Decoder& decoder, std::si
     return {std::move(chosen.experts), std::move(chosen.weights)};
 }
 
+bool within(const ExpertLayout& layout, std::int64_t record_nbytes) {
+    return layout.first_offset + layout.first.nbytes() <= record_nbytes &&
+           layout.second_offset + layout.second.nbytes() <= record_nbytes;
+}
+
+Records records_of(const ExpertLayout& layout, const std::vector<std::uintptr_t>& addresses, std::int64_t record_nbytes) {
+    check(within(layout, record_nbytes), "the matrices reach beyond the record");
+    Records found{layout, {}};
+    for (std::uintptr_t address : addresses) found.at.push_back(pointer<const std::uint8_t>(address));
+    return found;
+}
+
+// The records of all layers of a decoder.
+struct AllRecords {
+    std::vector<Records> layers;
+};
+
+// caches: keys, values, capacity, first and length of each layer.
+using Cache = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
+
+std::vector<std::pair<std::vector<int>, std::vector<float>>> walk(Decoder& decoder, const std::vector<Cache>& caches,
+                                                                  std::uintptr_t cosine, std::uintptr_t sine,
+                                                                  const AllRecords& records, std::uintptr_t outputs,
+                                                                  int threads) {
+    const std::vector<DecoderLayer>& layers = decoder.layers();
+    check(caches.size() == layers.size() && records.layers.size() == layers.size(), "not as many as layers");
+    std::vector<KeyValues> all;
+    for (const auto& [keys, values, capacity, first, length] : caches) {
+        check(first >= 0 && first <= length && length < capacity && capacity % kPositions == 0, "the cache is full");
+        all.push_back({pointer<std::uint8_t>(keys), pointer<std::uint8_t>(values), capacity, first, length});
+    }
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+        const Records& its = records.layers[i];
+        if (!layers[i].router) continue;
+        check(static_cast<std::int64_t>(its.at.size()) == layers[i].router->weights.shape.rows, "a layer's experts are not all there");
+        check(its.layout.first.cols == decoder.width() && its.layout.second.rows == decoder.width(), "experts of another width");
+    }
+    std::vector<Chosen> found;
+    {
+        nb::gil_scoped_release release;
+        found = decoder.walk(all, pointer<const float>(cosine), pointer<const float>(sine), records.layers, pointer<float>(outputs), threads);
+    }
+    std::vector<std::pair<std::vector<int>, std::vector<float>>> chosen;
+    for (Chosen& its : found) chosen.emplace_back(std::move(its.experts), std::move(its.weights));
+    return chosen;
+}
+
 void project(Prompt& prompt, std::size_t layer, std::uintptr_t keys, std::uintptr_t values, int threads) {
     check(layer < prompt.layers(), "no such layer");
     prompt.project(layer, pointer<float>(keys), pointer<float>(values), threads);
@@ -127,9 +175,7 @@ void token(std::uintptr_t x, const std::vector<std::uintptr_t>& records, const s
            std::int64_t record_nbytes, const ExpertLayout& layout, std::uintptr_t outputs, int threads) {
     static const std::int64_t kFirstRow = 0;
     check(records.size() == places.size(), "lists of different lengths");
-    check(layout.first_offset + layout.first.nbytes() <= record_nbytes &&
-              layout.second_offset + layout.second.nbytes() <= record_nbytes,
-          "the matrices reach beyond the record");
+    check(within(layout, record_nbytes), "the matrices reach beyond the record");
     std::vector<Task> tasks(records.size());
     for (std::size_t t = 0; t < tasks.size(); ++t)
         tasks[t] = {pointer<const std::uint8_t>(records[t]), &kFirstRow, 1,
@@ -224,6 +270,13 @@ void bind_decoder(nb::module_& module) {
         .def_rw("router", &DecoderLayer::router)
         .def_rw("mlp", &DecoderLayer::mlp);
 
+    nb::class_<Records>(module, "Records")
+        .def("__init__", [](Records* it) { new (it) Records{}; })
+        .def("__init__", [](Records* it, const ExpertLayout& layout, const std::vector<std::uintptr_t>& addresses,
+                            std::int64_t record_nbytes) { new (it) Records(records_of(layout, addresses, record_nbytes)); });
+    nb::class_<AllRecords>(module, "AllRecords")
+        .def("__init__", [](AllRecords* it, const std::vector<Records>& layers) { new (it) AllRecords{layers}; });
+
     nb::class_<Decoder>(module, "Decoder")
         .def("__init__",
              [](Decoder* it, std::vector<DecoderLayer> layers, std::int64_t width, std::uintptr_t hidden,
@@ -239,6 +292,7 @@ void bind_decoder(nb::module_& module) {
             check(layer < it.layers().size(), "no such layer");
             it.combine(layer, pointer<const float>(outputs), weights);
         })
+        .def("walk", &walk)
         .def("finish", &Decoder::finish)
         .def(
             "prompt",

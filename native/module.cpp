@@ -117,6 +117,7 @@ NB_MODULE(_native, module) {
     module.def("layout", &layout_of);
     module.def("linears", &linears_at);
     module.def("linears_s", &linears_s);
+    module.def("experts_s", &experts_s);
     module.def("experts", &experts_at);
     module.def("add_weighted", &add_weighted_at);
     module.def("available", [] {

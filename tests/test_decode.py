@@ -228,6 +228,56 @@ def test_other_families_run_as_before(name: str) -> None:
         assert torch.equal(engine.model.generate(PROMPT, **options), want)
 
 
+@torch.no_grad()
+def after_a_long_prompt(engine: Engine) -> "tuple[torch.Tensor, list[Any], Any]":
+    """Logits of FORCED, its trace, and what was counted, when most experts are there."""
+    out = engine.model(LONG, use_cache=True)
+    engine.runner.drain()
+    engine.runner.trace, before, found = [], engine.metrics(), []
+    for token in FORCED:
+        out = engine.model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+        found.append(out.logits[0, -1])
+    spent, trace = engine.metrics() - before, engine.runner.trace
+    engine.runner.trace = None
+    return torch.stack(found), trace, (spent.calls, spent.requests, spent.hits, spent.bytes_read)
+
+
+def most_experts(packed: PackedModel) -> int:
+    return max(entry.num_experts for entry in packed.manifest.experts)
+
+
+@pytest.mark.parametrize("name", NAMED + OTHERS)
+def test_a_token_through_all_layers_at_once_is_one_layer_by_layer(name: str) -> None:
+    """Bit for bit, and so is what is counted and recorded; layer by layer where somebody watches or guesses."""
+    packed = case_of(name).pack(4)
+    with running(packed, context=256, experts_per_layer=most_experts(packed)) as engine:
+        want = after_a_long_prompt(engine)
+        assert engine.decode.walks > 0 and want[2][2] == want[2][1]
+        walks = engine.decode.walks
+        engine.runner.observer = lambda *_: None
+        got = after_a_long_prompt(engine)
+        assert engine.decode.walks == walks and engine.decode.steps == 2 * len(FORCED)
+        assert torch.equal(got[0], want[0]) and got[1:] == want[1:]
+    for settings in ({"experts_per_layer": 1}, {"experts_per_layer": most_experts(packed), "prefetch": 2}):
+        with running(packed, context=256, **settings) as engine:
+            assert torch.equal(after_a_long_prompt(engine)[0], want[0])
+            assert engine.decode.walks == 0
+
+
+def test_where_experts_lie_is_told_anew_after_loads(mixtral: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(mixtral.packed, context=256, experts_per_layer=most_experts(mixtral.packed)) as engine:
+        after_a_long_prompt(engine)
+        modules = [module for module in engine.model.modules() if hasattr(module, "greenroom_layer")]
+        first = engine.runner.all_there(modules)
+        assert first is not None and engine.runner.all_there(modules) is first
+        engine.runner._cache.counters.misses += 1
+        assert engine.runner.all_there(modules) is not first
+        resident = engine.runner._cache._resident[0]
+        gone = resident.pop()
+        assert engine.runner.all_there(modules) is None
+        resident.add(gone)
+
+
 def test_windows_hide_what_the_masks_hide() -> None:
     """gpt-oss attends to 5 positions in every other layer; so does a cache that was not told about windows."""
     with running(case_of("gpt_oss").pack(16)) as engine:

@@ -79,7 +79,7 @@ class Engine:
         rough = settings.activation_bits == 8
         self._experts = functools.partial(kernels.experts, rough=rough)
         self.runner = self._on_cpu() if self.device is None else self._on_device(self.device, slots_kernel)
-        self.decode = DecodeStep(self.model.base_model, self.runner.token, rough)
+        self.decode = DecodeStep(self.model.base_model, self.runner.token, self.runner, rough)
         self.steps: LayerSteps | None = None
         if isinstance(self.runner, DeviceRunner) and self.device is not None:
             self.decode.enabled = False

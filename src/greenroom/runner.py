@@ -60,6 +60,7 @@ class ExpertRunner:
         self._clock: Callable[[], float] = time.perf_counter
         self.speculation = Speculation(prefetcher.experts)
         self._since: tuple[float, float] | None = None  # the clock after the last guess, what the link had to do then
+        self._all: tuple[int, Any] | None = None  # the cache's loads when all experts were there, and where they lie
         self.metrics = Metrics()
         self.trace: list[tuple[int, tuple[int, ...], Shares | None]] | None = None
         """Set to a list to record every call, as `cache.replay` wants it."""
@@ -114,7 +115,7 @@ class ExpertRunner:
             self.observer(layer, x, [valued[::-1]], [[weight for weight, _ in reversed(ranked)]], given)
         self._note(layer, valued, given, prompt=False)
         self._learn(layer, experts)
-        kind = self._kinds.get(layer) or self._kinds.setdefault(layer, seam.activation_kind(module))
+        kind = self._kind(layer, module)
         try:
             buffers = self._cache.hit(layer, experts, valued, given)
             if buffers is None:
@@ -130,6 +131,44 @@ class ExpertRunner:
             self._give_up()
             raise
         self._count()
+
+    def all_there(self, modules: "Sequence[Any]") -> Any:
+        """Where all experts lie, for a token that passes all layers in one call: `native.all_records` of a decoder's
+        layers, whose experts modules are `modules`, None where there are none. None unless all are resident, to stay,
+        and nobody watches each call or guesses."""
+        experts, loads = sum(entry.num_experts for entry in self._entries), self._cache.counters.loads
+        if self.observer is not None or self.speculation.most or self._cache.uses_probabilities:
+            return None
+        if not self._cache.holds_all(experts):
+            return None
+        if self._all is None or self._all[0] != loads:
+            self._all = loads, native.all_records([None if one is None else self._records(one) for one in modules])
+        return self._all[1]
+
+    def _records(self, module: Any) -> Any:
+        layer = module.greenroom_layer
+        entry = self._entries[layer]
+        buffers = [self._cache.ready(layer, expert) for expert in range(entry.num_experts)]
+        addresses = [self._arena.address(buffer) for buffer in buffers if buffer is not None]
+        return native.records(entry.tensors, self._kind(layer, module), addresses, entry.record_nbytes)
+
+    def walked(self, chosen: "Sequence[tuple[int, list[int], list[float]]]", compute_s: float) -> None:
+        """A token has passed all layers at once: what each of them (layer, experts, weights) chose, and the time in
+        experts."""
+        try:
+            for layer, experts, weights in chosen:
+                valued = [expert for _, expert in sorted(zip(weights, experts, strict=True))]
+                self._note(layer, valued, None, prompt=False)
+                there = self._cache.hit(layer, experts, valued)
+                assert there is not None
+        except BaseException:
+            self._give_up()
+            raise
+        self.metrics.compute_s += compute_s
+        self._count()
+
+    def _kind(self, layer: int, module: Any) -> str:
+        return self._kinds.get(layer) or self._kinds.setdefault(layer, seam.activation_kind(module))
 
     def drain(self) -> None:
         """Wait for what is still being read, for nobody perhaps, so that `metrics` counts all that was started."""

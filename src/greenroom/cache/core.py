@@ -58,6 +58,11 @@ class Counters:
     """speculative loads started"""
 
     @property
+    def loads(self) -> int:
+        """Loads that were asked for; without one, what is resident stays where it is."""
+        return self.misses + self.guesses
+
+    @property
     def requests(self) -> int:
         """Experts requested."""
         return self.hits + self.prefetched + self.late + self.misses
@@ -251,6 +256,10 @@ class ExpertCache:
     def holds(self, layer: int, expert: int) -> bool:
         """Whether the expert is there or being read."""
         return (layer, expert) in self._held
+
+    def holds_all(self, experts: int) -> bool:
+        """Whether so many experts are resident, with nothing under way."""
+        return not self._reading and not self._active and sum(map(len, self._resident)) == experts
 
     @property
     def reading(self) -> "set[int]":

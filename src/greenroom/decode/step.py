@@ -3,7 +3,7 @@ by many, and leaves everything else to the modules.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +49,19 @@ class ServeToken(Protocol):
         ...
 
 
+class Residents(Protocol):
+    """Serves all layers of one token at once, where it can."""
+
+    def all_there(self, modules: "Sequence[Any]") -> Any:
+        """`native.all_records` for the experts `modules` of a decoder's layers, None where there are none; None while
+        layers have to be served one by one."""
+        ...
+
+    def walked(self, chosen: "Sequence[tuple[int, list[int], list[float]]]", compute_s: float) -> None:
+        """What was chosen: (layer, experts, weights) of each; and the time in experts."""
+        ...
+
+
 class DecodeStep:
     """`base.forward` with a fast way for the next tokens of one sequence.
 
@@ -56,8 +69,8 @@ class DecodeStep:
     token that could take it. `rough`: see `kernels.native.experts`; here for a prompt's projections.
     """
 
-    def __init__(self, base: Any, serve: ServeToken, rough: bool = False) -> None:
-        self._base, self._serve, self._rough = base, serve, rough
+    def __init__(self, base: Any, serve: ServeToken, residents: "Residents | None" = None, rough: bool = False) -> None:
+        self._base, self._serve, self._residents, self._rough = base, serve, residents, rough
         self._modules_forward, self._modules = base.forward, list(base.modules())
         self._parts: DecoderParts | None = None
         self._decoder: Any = None
@@ -65,6 +78,8 @@ class DecodeStep:
         """set to False, every token goes through the modules"""
         self.steps = 0
         """single tokens that went the fast way"""
+        self.walks = 0
+        """those of them that passed all layers in one call"""
         self.prompts = 0
         """calls of several that did"""
         self.forget()
@@ -157,8 +172,12 @@ class DecodeStep:
             halves.append(half)
         self._hidden.copy_(self._parts.embed(input_ids)[0])
         turn = Turn(self._parts.rotary, [position], self._parts.width)
-        for index, half in enumerate(halves):
-            self.layer(index, half, turn, self._serve)
+        there = None if self._residents is None else self._residents.all_there(self._parts.moe)
+        if there is not None:
+            self._walk(halves, turn, there)
+        else:
+            for index, half in enumerate(halves):
+                self.layer(index, half, turn, self._serve)
         for layer in layers:  # together, so that an interrupt leaves them agreed
             layer.put()
         self._decoder.finish(self._parts.final_norm)
@@ -228,6 +247,18 @@ class DecodeStep:
             lambda ahead, most: decoder.foresee(self._places[ahead], most, threads) if ahead in self._places else [],
         )
         decoder.combine(index, self._outputs.data_ptr(), weights)
+
+    def _walk(self, halves: "Sequence[kv.HalfKV]", turn: Turn, there: Any) -> None:
+        """The residual stream through all layers in one call."""
+        assert self._parts is not None and self._residents is not None
+        caches = [(*half.addresses(), half.capacity, half.first, half.length) for half in halves]
+        before_s = native.experts_s()
+        cosine, sine = turn.cosine.data_ptr(), turn.sine.data_ptr()
+        found = self._decoder.walk(caches, cosine, sine, there, self._outputs.data_ptr(), count())
+        served = zip(self._parts.moe, found, strict=True)
+        chosen = [(module.greenroom_layer, *its) for module, its in served if module is not None]
+        self._residents.walked(chosen, native.experts_s() - before_s)
+        self.walks += 1
 
     @property
     def hidden(self) -> torch.Tensor:

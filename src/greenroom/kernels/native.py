@@ -82,8 +82,13 @@ def linear(
 
 
 def linears_s() -> float:
-    """Seconds that this process has spent in compiled products other than those of `experts` and `token`."""
+    """Seconds that this process has spent in compiled products other than experts'."""
     return _native.linears_s() if _native else 0.0
+
+
+def experts_s() -> float:
+    """Seconds that it has spent in compiled experts."""
+    return _native.experts_s() if _native else 0.0
 
 
 def takes(x: torch.Tensor, task: ExpertTask, layout: "Sequence[RecordTensor]") -> bool:
@@ -154,6 +159,18 @@ def token(
     _native.token(
         x.data_ptr(), records, places, record_nbytes, _layout(layout, kind), outputs.data_ptr(), threads.count()
     )
+
+
+def records(
+    layout: "tuple[RecordTensor, ...]", kind: str, addresses: "list[int]", record_nbytes: int
+) -> "_native.Records":
+    """Where all experts of a layer lie, of which `kind` is the activation."""
+    return _native.Records(_layout(layout, kind), addresses, record_nbytes)
+
+
+def all_records(layers: "Sequence[_native.Records | None]") -> "_native.AllRecords":
+    """Those of all layers of a decoder, None where a layer has no experts."""
+    return _native.AllRecords([_native.Records() if one is None else one for one in layers])
 
 
 def decoder(layers: "list[Any]", hidden: torch.Tensor, normed: torch.Tensor) -> Any:
