@@ -97,6 +97,31 @@ def test_an_aborted_access_loses_no_buffer(scenario, started):
     drive(cache, requests, rng)
 
 
+def serve(cache: ExpertCache, layer: int, experts: "list[int]", guesses: "list[int]") -> None:
+    if cache.hit(layer, experts, experts) is None:
+        cache.request(layer, experts)
+        for load in cache.issue():
+            cache.loaded(load.buffer)
+        cache.guess((layer + 1) % LAYERS, guesses)
+        for load in cache.issue():
+            cache.loaded(load.buffer)
+        for expert in experts:
+            cache.release(layer, expert)
+        cache.finish()
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("guesses", [[], [0]])
+def test_what_was_aborted_gets_no_slot_unread(policy, guesses):
+    """The policy believes in (1, 0), which was never read, or by a guess alone; one access in a step or in many."""
+    cache = make([2], 1, policy)
+    serve(cache, 0, [0], [])
+    cache.request(1, [0])
+    cache.abort()
+    for layer, expert in ((0, 0), (0, 1), (0, 0), (1, 1), (0, 0), (1, 0), (0, 1), (1, 1)):
+        serve(cache, layer, [expert], guesses if layer == 0 else [])
+
+
 def brute_force_lru(capacity, requests):
     """Negative-control-free oracle: an LRU written the obvious way, as sets per request."""
     order, hits = [], []

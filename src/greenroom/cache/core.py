@@ -151,8 +151,8 @@ class ExpertCache:
         hints = Hints(layer, self._recent, probabilities)
         self._active = set(needed)
         before = self._resident[group]
-        # after an aborted access the policy may still believe in keys whose read never finished
-        after = {key for key in self._policies[group].update(ranked, hints) if key in self._active or key in self._held}
+        # after an aborted access the policy may still believe in keys whose read never finished, or that a guess holds
+        after = {key for key in self._policies[group].update(ranked, hints) if key in self._active or key in before}
         self._resident[group] = after
         self._recent[layer] = experts if valued is None else valued
         for key in needed:
@@ -188,8 +188,8 @@ class ExpertCache:
         hints = Hints(layer, self._recent, probabilities)
         after = self._policies[group].update([(layer, expert) for expert in valued], hints)
         self._recent[layer] = valued
-        if len(after) != len(resident):  # a policy may let go of what was just used
-            self._resident[group] = set(after)
+        if len(after) != len(resident):  # it let go of what was just used, or believes in what was aborted
+            self._resident[group] = resident.intersection(after)
             for key in resident - self._resident[group]:
                 self._discard(key)
         self._check()
