@@ -211,20 +211,11 @@ bool supported() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-template <int BITS>
-Kernel kernel_for(int group_size, Batch batch) {
-    switch (batch) {
-        case Batch::few: return integer_kernel<Avx2, BITS>(group_size);
-        case Batch::many: return tiled_kernel<Avx2, BITS, 2>(group_size);
-        default: return tiled_kernel<Avx2, BITS, 1>(group_size);
-    }
-}
-
 Kernel kernel(const Matrix& matrix, Batch batch) {
     switch (matrix.bits) {
-        case 2: return kernel_for<2>(matrix.group_size, batch);
-        case 3: return kernel_for<3>(matrix.group_size, batch);
-        case 4: return kernel_for<4>(matrix.group_size, batch);
+        case 2: return kernel_for<Avx2, 2>(matrix.group_size, batch);
+        case 3: return kernel_for<Avx2, 3>(matrix.group_size, batch);
+        case 4: return kernel_for<Avx2, 4>(matrix.group_size, batch);
         case 8: return integer_kernel<Avx2, 8>(matrix.group_size);
         default: return kernel_of<Float<Avx2, 16>>();
     }

@@ -41,8 +41,8 @@ struct Chunk {
     static constexpr int nbytes = columns * BITS / 8;                       // packed
     static constexpr int sums = GROUP >= 64 ? 1 : 64 / GROUP < vectors ? 64 / GROUP : vectors;  // of whole groups each
     static constexpr int per_sum = vectors / sums;                          // vectors
+    static constexpr bool words = BITS == 8 && V::kWords;                   // multiplied as words
     // A vector with a sum of its own may keep its codes where they lie in the byte: `shift` bits up, made good by the scale.
-    static constexpr bool words = BITS == 8 && V::kWords;
     static constexpr bool in_place = V::kInPlace && per_sum == 1 && vectors > 1 && BITS != 3;
     static constexpr int shift(int group) { return in_place ? low * (group * GROUP % 64 / lane) : 0; }
     static constexpr int groups = columns <= GROUP ? 1 : columns / GROUP;   // that it has a part of

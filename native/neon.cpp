@@ -187,21 +187,12 @@ bool supported() {
 #endif
 }
 
-template <int BITS>
-Kernel kernel_for(int group_size, Batch batch) {
-    switch (batch) {
-        case Batch::few: return integer_kernel<Neon, BITS>(group_size);
-        case Batch::many: return tiled_kernel<Neon, BITS, 2>(group_size);
-        default: return tiled_kernel<Neon, BITS, 1>(group_size);
-    }
-}
-
 Kernel kernel(const Matrix& matrix, Batch batch) {
     switch (matrix.bits) {
-        case 2: return kernel_for<2>(matrix.group_size, batch);
-        case 3: return kernel_for<3>(matrix.group_size, batch);
-        case 4: return kernel_for<4>(matrix.group_size, batch);
-        case 8: return kernel_for<8>(matrix.group_size, batch == Batch::rough ? Batch::many : batch);
+        case 2: return kernel_for<Neon, 2>(matrix.group_size, batch);
+        case 3: return kernel_for<Neon, 3>(matrix.group_size, batch);
+        case 4: return kernel_for<Neon, 4>(matrix.group_size, batch);
+        case 8: return kernel_for<Neon, 8>(matrix.group_size, batch == Batch::rough ? Batch::many : batch);
         default: return kernel_of<Float<Neon, 16>>();
     }
 }

@@ -260,5 +260,15 @@ Kernel tiled_kernel(int group_size) {
     }
 }
 
+// The kernel for so many vectors of a matrix whose codes are multiplied in integers.
+template <class V, int BITS>
+Kernel kernel_for(int group_size, Batch batch) {
+    switch (batch) {
+        case Batch::few: return integer_kernel<V, BITS>(group_size);
+        case Batch::many: return tiled_kernel<V, BITS, 2>(group_size);
+        default: return tiled_kernel<V, BITS, 1>(group_size);
+    }
+}
+
 }  // namespace
 }  // namespace greenroom
