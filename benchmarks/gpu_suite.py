@@ -1,8 +1,9 @@
 """All that a GPU has to show, in one call of under nine minutes: python -m benchmarks.gpu_suite [--out F] [--seconds N]
 
-Floors first, then what the kernels get wrong (nothing), then their shares of the floors, peers, and compute-sanitizer
-over a small check. Parts that fail or find no time say so in the result, and the others go on. Writes
-benchmarks/results/<gpu>.json; a short table comes last. Without a GPU it ends with status 2 and one line.
+What the kernels get wrong (nothing) comes first, in processes beside one another; then floors, the kernels' shares of
+them, the device tier, compute-sanitizer over a small check, and peers. Parts that fail or find no time say so in the
+result, and the others go on. Writes benchmarks/results/<gpu>.json; a short table comes last. Without a GPU it ends with
+status 2 and one line.
 """
 
 import argparse
@@ -19,11 +20,11 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from benchmarks import gpu_check, gpu_kernels, gpu_peers
+from benchmarks import gpu_kernels, gpu_peers
 from benchmarks.gpu_clock import Clock, GpuClock
 from benchmarks.kernels import MODELS
 from greenroom.kernels import device
@@ -47,6 +48,10 @@ class Box:
     """for everything"""
     keep: "Callable[[Result], None]" = lambda result: None
     """called after each part"""
+    folder: Path = Path(tempfile.gettempdir())
+    """for the tier's models"""
+    writer: "subprocess.Popen[bytes] | None" = None
+    """of these models"""
 
     @property
     def left(self) -> float:
@@ -74,12 +79,44 @@ def floors(box: Box) -> None:
     box.result["floors"] = gpu_kernels.floors(box.clock, box.on)
 
 
-def defaults_right(box: Box) -> None:
-    """The formats that are timed below, in every dtype."""
-    for format in gpu_check.FORMATS[:3]:
-        if box.late("check", 0.75):  # what is missing comes with the other formats
-            return
-        _check(box, format)
+def models(box: Box) -> None:
+    """Starts to write the tier's models, which asks nothing of the GPU."""
+    command = [sys.executable, "-m", "benchmarks.gpu_tier", "--models", str(box.folder)]
+    box.writer = subprocess.Popen(command, cwd=ROOT)
+
+
+def correctness(box: Box) -> None:
+    """All formats, dtypes and sizes, in a few processes: a fault there spoils nothing here, and what they compile lies
+    in Triton's cache for what follows."""
+    parts = max(1, (os.cpu_count() or 2) - 2)
+    ends = box.now() + min(0.35 * box.seconds, box.left)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        running = []
+        for part in range(parts):
+            out, errors = (stack.enter_context((folder / f"{part}.{end}").open("w+")) for end in ("out", "err"))
+            command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", f"{part}/{parts}"]
+            done = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=errors, env=environment)
+            running.append((done, out, errors))
+        for done, out, errors in running:
+            _collect(box, done, out, errors, ends - box.now())
+
+
+def _collect(box: Box, done: "subprocess.Popen[bytes]", out: TextIO, errors: TextIO, seconds: float) -> None:
+    """The lines of a process that checks; it is stopped where it takes longer than so many seconds."""
+    try:
+        status = done.wait(max(0.1, seconds))
+    except subprocess.TimeoutExpired:
+        done.kill()
+        status = done.wait()
+        box.result["check_cut"] = True
+    else:
+        if status not in (0, 1):
+            errors.seek(0)
+            box.lines("failed").append({"part": "correctness", "error": errors.read()[-3000:] or f"status {status}"})
+    out.seek(0)
+    box.lines("check").extend(json.loads(line) for line in out if line.endswith("}\n"))
 
 
 def decode(box: Box) -> None:
@@ -128,15 +165,16 @@ def sanitizer(box: Box) -> None:
 
 
 def tier(box: Box) -> None:
-    """The device tier over synthetic models, in a process of its own that may be stopped; it writes 4.5 GB to the
-    temporary folder."""
+    """The device tier over synthetic models in `box.folder`, in a process of its own that may be stopped."""
     if box.late("tier", 0.15):
         return
+    if box.writer is not None:
+        box.writer.wait()
     with contextlib.suppress(RuntimeError):  # a kernel that faulted has taken this process's context with it
         torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
-        out, seconds = Path(folder) / "tier.json", min(0.35 * box.seconds, box.left - 0.05 * box.seconds)
-        command = [sys.executable, "-m", "benchmarks.gpu_tier", "--out", str(out)]
+        out, seconds = Path(folder) / "tier.json", box.left - 0.15 * box.seconds
+        command = [sys.executable, "-m", "benchmarks.gpu_tier", "--models", str(box.folder), "--out", str(out)]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
             error = "" if done.returncode in (0, 1) else done.stderr[-3000:]
@@ -150,35 +188,17 @@ def tier(box: Box) -> None:
         raise RuntimeError(error or "it wrote nothing")
 
 
-def all_right(box: Box) -> None:
-    """The other formats, as far as time goes."""
-    done = {line["format"] for line in box.lines("check")}
-    for format in gpu_check.FORMATS:
-        if format.name in done:
-            continue
-        if box.late("check", 0.04):
-            return
-        _check(box, format)
-    box.result.pop("check_cut", None)
-
-
 PARTS: list[Part] = [
+    ("models", models),
+    ("correctness", correctness),
     ("floors", floors),
-    ("correctness of the defaults", defaults_right),
     ("decode", decode),
     ("prompts", prompts),
     ("tier", tier),
     ("sanitizer", sanitizer),
     ("peers", peers),
-    ("correctness of all formats", all_right),
 ]
 """Name and function of every part, in order."""
-
-
-def _check(box: Box, format: Format) -> None:
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for one in gpu_check.check(format, dtype, (1, 7, 40), box.on):
-            box.lines("check").append(dataclasses.asdict(one) | {"right": one.right})
 
 
 def _rate(box: Box) -> float:
@@ -208,7 +228,9 @@ def table(result: Result) -> str:
     rows = ["floors  " + "  ".join(f"{name} {value:.0f}" for name, value in result.get("floors", {}).items())]
     checked = result.get("check", [])
     wrong = [
-        f"{one['kernel']} {one['format']} {one['dtype']} {one['error']:.1e}" for one in checked if not one["right"]
+        f"{one['kernel']} {one['model']} {one['format']} {one['dtype']} {one['error']:.1e}"
+        for one in checked
+        if not one["right"]
     ]
     rows.append(f"checks  {len(checked)}, wrong {len(wrong)} {'; '.join(wrong[:4])}")
     for line in result.get("decode", []):
@@ -254,7 +276,9 @@ def main() -> int:
     box = Box(on, GpuClock(), time.monotonic() + options.seconds, {"gpu": name, "kernels": device.describe(on)})
     box.seconds = options.seconds
     box.keep = lambda result: print(out.write_text(json.dumps(result, indent=1) + "\n"), file=sys.stderr)
-    result = run(box)
+    with tempfile.TemporaryDirectory() as folder:
+        box.folder = Path(folder)
+        result = run(box)
     print(table(result))
     return 1 if result.get("failed") or any(not one["right"] for one in result.get("check", [])) else 0
 

@@ -1,12 +1,14 @@
 """The device tier on a GPU, over a synthetic model of true shape: the paper's rows, layers launched ahead against
 reading back and as graphs, prompts beside the slower of link and kernels: python -m benchmarks.gpu_tier --out F
+
+Its models, 4.5 GB, are written to the folder `--models` unless they lie there; without --out that is all.
 """
 
 import argparse
 import dataclasses
 import json
 import sys
-import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +32,16 @@ WAYS = {"read back": (False, False), "ahead": (True, False), "graphs": (True, Tr
 Result = dict[str, Any]
 
 
+def models(folder: Path, full: "Shape | None" = None) -> "tuple[PackedModel, PackedModel]":
+    """(small, full): what is measured, written where it is not there yet; with a shape of its own `full` is both."""
+    large = full or dataclasses.replace(SHAPES["mixtral-8x7b-4"], layers=8)
+    small = full or dataclasses.replace(large, **SMALL)
+    return _model(folder / "small", small), _model(folder / "full", large)
+
+
 def measure(
     result: Result,
+    folder: Path,
     shape: "Shape | None" = None,
     device: "Device | None" = None,
     keep: "Callable[[], None]" = lambda: None,
@@ -40,30 +50,30 @@ def measure(
     line in `failed`."""
     device = device or find_gpu()
     tier = result.setdefault("tier", {"failed": []})
-    full = shape or dataclasses.replace(SHAPES["mixtral-8x7b-4"], layers=8)
-    with tempfile.TemporaryDirectory() as folder:
-        tier["link_bytes_per_s"] = paper.link_bandwidth(device)
-        small = _model(Path(folder) / "small", dataclasses.replace(full, **SMALL) if shape is None else full)
-        _part(tier, keep, "host", lambda: host(small, device))
-        packed = _model(Path(folder) / "model", full)
-        _part(tier, keep, "tokens", lambda: {way: decode(packed, device, way)[0] for way in WAYS})
-        options = _options("--tokens", "24", "--trials", "2")
-        for name in paper.ROWS:
-            _part(tier, keep, "rows", lambda name=name: row(name, packed, device, options, tier["link_bytes_per_s"]))
-        _part(tier, keep, "prompt", lambda: prompt(packed, device, tier["link_bytes_per_s"]))
+    small, packed = models(folder, shape)
+    tier["link_bytes_per_s"] = paper.link_bandwidth(device)
+    _part(tier, keep, "host", lambda: host(small, device))
+    _part(tier, keep, "tokens", lambda: {way: decode(packed, device, way)[0] for way in WAYS})
+    options = _options("--tokens", "24", "--trials", "2")
+    for name in paper.ROWS:
+        _part(tier, keep, "rows", lambda name=name: row(name, packed, device, options, tier["link_bytes_per_s"]))
+    _part(tier, keep, "prompt", lambda: prompt(packed, device, tier["link_bytes_per_s"]))
 
 
 def _part(tier: Result, keep: "Callable[[], None]", name: str, measured: "Callable[[], Any]") -> None:
+    start_s = time.monotonic()
     try:
         found = measured()
         tier[name] = [*tier.get(name, []), *found] if isinstance(found, list) else found
     except Exception:  # the others still have something to say
         tier["failed"].append({"part": name, "error": traceback.format_exc()[-3000:]})
+    print(f"tier, {name}: {time.monotonic() - start_s:.0f} s", file=sys.stderr, flush=True)
     keep()
 
 
 def _model(path: Path, shape: Shape) -> PackedModel:
-    synthetic.write(path, shape, PAIRINGS["2"])
+    if not path.exists():
+        synthetic.write(path, shape, PAIRINGS["2"])
     return PackedModel(path)
 
 
@@ -141,9 +151,14 @@ def prompt(packed: PackedModel, device: Device, link_bytes_per_s: float, tokens:
 def main() -> int:
     """Measure, and write after each part."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, required=True)
-    out, result = parser.parse_args().out, Result()
-    measure(result, keep=lambda: print(out.write_text(json.dumps(result)), file=sys.stderr))
+    parser.add_argument("--models", type=Path, required=True, help="a folder for the models")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.out is None:
+        models(options.models)
+        return 0
+    result = Result()
+    measure(result, options.models, keep=lambda: print(options.out.write_text(json.dumps(result)), file=sys.stderr))
     return 1 if result["tier"]["failed"] else 0
 
 

@@ -1,7 +1,10 @@
 """The GPU suite's own code, on a CPU: tiny shapes, Triton's interpreter, and a clock that calls once."""
 
+import dataclasses
+import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +116,40 @@ def test_the_tier_is_measured_after_a_kernel_that_faulted(monkeypatch: pytest.Mo
     assert gpu_suite.run(made, [("tier", gpu_suite.tier)])["tier"] == {"failed": []} and "failed" not in made.result
 
 
+def _wrong(model: str) -> "dict[str, Any]":
+    one = gpu_check.Checked(model=model, kernel="token 1", format="4-bit g64", dtype="float16", error=1.0)
+    return dataclasses.asdict(one) | {"right": one.right}
+
+
+def test_what_checks_found_before_they_failed_or_were_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = json.dumps(_wrong("odd"))
+    scripts = [f"print({line!r}, flush=True); {end}" for end in ("exit(1)", "exit(7)", "import time; time.sleep(60)")]
+    started: list[list[str]] = []
+    popen = subprocess.Popen
+
+    def start(command: "list[str]", **options: Any) -> "subprocess.Popen[bytes]":
+        started.append(command)
+        return popen(
+            [sys.executable, "-c", scripts[len(started) - 1]], stdout=options["stdout"], stderr=options["stderr"]
+        )
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr("os.cpu_count", lambda: 5)
+    made = box()
+    made.seconds, made.now = 15.0, time.monotonic
+    made.ends = made.now() + 15
+    result = gpu_suite.run(made, [("correctness", gpu_suite.correctness)])
+    assert [command[-1] for command in started] == ["0/3", "1/3", "2/3"]
+    assert [one["model"] for one in result["check"]] == ["odd"] * 3 and result["check_cut"]
+    assert result["failed"] == [{"part": "correctness", "error": "status 7"}]
+
+
+def test_every_case_is_a_part_of_one_process() -> None:
+    every = gpu_check.cases(small=False)
+    assert every[0][0] is gpu_check.EVEN and len(every) == 6 * len(gpu_check.FORMATS) == len(set(every))
+    assert len(gpu_check.cases(small=True)) == 3
+
+
 def test_the_table_of_everything() -> None:
     clock = OnceClock()
     result = {
@@ -120,11 +157,11 @@ def test_the_table_of_everything() -> None:
         "decode": [gpu_kernels.decode(clock, CPU, 10.0, TINY, Format.of(4), 1, 1)],
         "prompt": [gpu_kernels.prompt(clock, CPU, 1.0, TINY, Format.of(4), 20, 4)],
         "linear": list(gpu_peers.lines(clock, CPU, 1.0, 64, 1024, count=1)),
-        "check": [{"kernel": "token 1", "format": "4-bit g64", "dtype": "float16", "error": 1.0, "right": False}],
+        "check": [_wrong("odd")],
         "sanitizer": "clean",
     }
     text = gpu_suite.table(result)
-    assert "wrong 1 token 1 4-bit g64 float16 1.0e+00" in text
+    assert "wrong 1 token 1 odd 4-bit g64 float16 1.0e+00" in text
     assert [line.split()[0] for line in text.splitlines()] == [
         "floors", "checks", "decode", "prompt", "linear", "linear", "sanitizer",
     ]  # fmt: skip
