@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -38,13 +39,18 @@ _POOL_SPARE = 32 << 20
 """Windows into the pool of random bytes start at this many places."""
 
 
-def write(folder: Path, shape: Shape, pairing: Pairing) -> None:
-    """Write the packed model; nothing is at `folder` unless all of it is. Raises PackError where it cannot."""
+def write(folder: Path, shape: Shape, pairing: Pairing, distinct: "int | None" = None) -> None:
+    """Write the packed model; nothing is at `folder` unless all of it is. Raises PackError where it cannot.
+
+    `distinct`: how many layers (≥ 1) have experts of their own. The files of the others are links to these, in turn, so
+    that a deep model costs the time and the disk of a shallow one; in memory every layer's experts are its own. Their
+    safetensors headers, which only other tools read, name the layer that is repeated.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _Writer(partial, shape, pairing).write()
+        _Writer(partial, shape, pairing, distinct).write()
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -66,8 +72,8 @@ class _Pool:
 class _Writer:
     """One packed model being written."""
 
-    def __init__(self, folder: Path, shape: Shape, pairing: Pairing) -> None:
-        self.folder, self.shape = folder, shape
+    def __init__(self, folder: Path, shape: Shape, pairing: Pairing, distinct: "int | None") -> None:
+        self.folder, self.shape, self.distinct = folder, shape, distinct
         self.format = Format.of(pairing.bits, pairing.group_size)
         self.settings = {
             "expert_bits": pairing.bits, "attention_bits": 4, "head_bits": 4, "group_size": pairing.group_size
@@ -84,7 +90,8 @@ class _Writer:
         linears = self._linears()
         largest = max([e.record_nbytes for e in experts] + [Layout(*size, _DENSE).nbytes for size in linears.values()])
         self.pool = _Pool(largest)
-        written = [self._write_experts(entry) for entry in experts]
+        written = [self._write_experts(entry) for entry in experts[: self.distinct]]
+        written += [self._repeat(entry, written[n % len(written)]) for n, entry in enumerate(experts[len(written) :])]
         dense = self._write_dense(linears)
         manifest = Manifest(
             architecture=type(self.model).__name__,
@@ -129,6 +136,16 @@ class _Writer:
                 yield byte_view(record)
 
         return dataclasses.replace(entry, crc32=tuple(self._write_file(entry.file, _entries_of(entry), records())))
+
+    def _repeat(self, entry: ExpertsEntry, written: ExpertsEntry) -> ExpertsEntry:
+        """The entry with the bytes of one that is written: a link to its file, or a copy where there are no links."""
+        source, target = self.folder / written.file, self.folder / entry.file
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+        self.files[entry.file] = self.files[written.file]
+        return dataclasses.replace(entry, offset=written.offset, crc32=written.crc32)
 
     def _linears(self) -> "dict[str, tuple[int, int]]":
         """Path of each linear that runs from packed bits → (rows, cols)."""

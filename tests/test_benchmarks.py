@@ -71,6 +71,32 @@ def test_a_synthetic_model_is_intact_and_routes_by_its_embeddings(tmp_path: Path
     assert sum(a == b for a, b in zip(routed, wanted[::-1], strict=True)) < 15  # the control: other tokens' experts
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_layers_may_repeat_the_experts_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refused(source: Path, target: Path) -> None:
+        raise PermissionError("no links here")
+
+    if not links:
+        monkeypatch.setattr("os.link", refused)
+    shape = dataclasses.replace(TINY, layers=12)  # of which some have longer names than those that they repeat
+    synthetic.write(tmp_path / "model", shape, PAIRINGS["2"], distinct=5)
+    packed = PackedModel(tmp_path / "model")
+    assert packed.verify() == []
+    experts = packed.manifest.experts
+    assert [entry.crc32 for entry in experts] == [experts[n % 5].crc32 for n in range(12)]
+    assert len({entry.crc32 for entry in experts}) == 5 and len({entry.file for entry in experts}) == 12
+    assert len({(packed.folder / entry.file).stat().st_ino for entry in experts}) == (5 if links else 12)
+    engine = Engine(packed, EngineSettings(experts_per_layer=2, context=64))
+    with torch.no_grad():
+        assert torch.isfinite(engine.model(torch.arange(8)[None]).logits).all()
+    engine.close()
+    path = packed.folder / experts[11].file  # the control: a wrong byte of a repeated record is seen
+    raw = bytearray(path.read_bytes())
+    raw[experts[11].offset] ^= 1
+    path.write_bytes(raw)
+    assert any(experts[11].module in line for line in packed.verify())
+
+
 @pytest.mark.parametrize("quantisation", ["Q4_K", "Q3_K", "Q2_K"])
 def test_a_gguf_file_holds_the_same_model(tmp_path: Path, quantisation: str) -> None:
     path = tmp_path / "model.gguf"
