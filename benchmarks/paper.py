@@ -171,7 +171,7 @@ def _table_2(results: "dict[str, Any]") -> "list[str]":
         "GPUs. Here: the demo at 4 bits with a third of the experts kept, on a CPU, the disk in the link's place "
         "(`python benchmarks/demo_table.py`).",
         table(("", "paper", "tokens/s", "over no cache", "hits", "MiB read a token"), rows),
-        "`greenroom bench MODEL --vram 12GB --paper` measures the paper's own rows on a GPU, naive offloading by "
+        "`greenroom bench MODEL --paper` measures the paper's own rows on a GPU, naive offloading by "
         "accelerate among them.",
         "Pre-loading costs the disk more bytes than it saves in waiting where the disk is busy anyway, so live timings "
         "decide which guesses are loaded.",

@@ -19,6 +19,13 @@ from greenroom.packed import PackedModel
 from on_device import VRAM
 
 
+def given(*arguments: str) -> argparse.Namespace:
+    """What `greenroom bench` would be given."""
+    parser = argparse.ArgumentParser()
+    bench_command.add(parser.add_subparsers())
+    return parser.parse_args(["bench", "-", *arguments])
+
+
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("greenroom.device.find_gpu", lambda: FakeDevice(link_bytes_per_s=1e8))
@@ -35,9 +42,10 @@ def test_the_papers_rows(packed4: PackedModel, capsys: pytest.CaptureFixture[str
     pytest.importorskip("accelerate")
     lines, report = bench(packed4, capsys)
     names = [(row["name"], row["slots"]) for row in report["rows"]]
+    all_fit = packed4.manifest.experts[0].num_experts
     assert names == [
         *(("full", 2), ("full", 4), ("without prefetch", 2), ("without prefetch", 4)),
-        *(("without cache and prefetch", 0), ("naive", 0), ("greenroom's defaults", 2), ("greenroom's defaults", 4)),
+        *(("without cache and prefetch", 0), ("naive", 0), ("greenroom's defaults", all_fit)),
     ]
     rows = {(row["name"], row["slots"]): row for row in report["rows"]}
     # what is sent follows from the rows' own rules
@@ -49,7 +57,59 @@ def test_the_papers_rows(packed4: PackedModel, capsys: pytest.CaptureFixture[str
         if row["name"] != "greenroom's defaults":
             assert row["tokens_per_s"] <= 1.01 * row["floor_tokens_per_s"] or row["name"] == "naive"
         assert row["paper"] == []  # the paper has no 4 bits
+        assert row["bytes_read_per_token"] == 0  # what is timed waits for no disk
+        assert row["vram"] == (None if row["name"] == "naive" else 1 << 30)  # all that the device has
     assert sum("times the floor's time" in line for line in lines) == len(names)
+    assert any(line.startswith("full, k = 2 in 1.07 GB: ") for line in lines)
+
+
+def _cases(free: int, *more: str) -> "list[tuple[str, int, int]]":
+    return paper.cases(given(*more), free)
+
+
+def test_each_k_has_its_gpus_memory() -> None:
+    gb = 10**9
+    assert _cases(80 * gb) == [
+        *(("full", 2, 12 * gb), ("full", 4, 16 * gb)),
+        *(("without prefetch", 2, 12 * gb), ("without prefetch", 4, 16 * gb)),
+        *(("without cache and prefetch", 2, 12 * gb), ("naive", 2, 12 * gb)),
+        *(("greenroom's defaults", 2, 12 * gb), ("greenroom's defaults", 4, 16 * gb)),
+    ]
+    assert {case[1:] for case in _cases(14 * gb)} == {(2, 12 * gb), (4, 14 * gb)}  # no more than what is free
+    for case in (_cases(10 * gb), _cases(80 * gb, "--vram", "10GB")):
+        assert {one[1:] for one in case} == {(2, 10 * gb), (4, 10 * gb)}
+        assert [one[0] for one in case].count("greenroom's defaults") == 1
+    assert {case[1:] for case in _cases(80 * gb, "--experts-per-layer", "3")} == {(3, 80 * gb)}
+    assert {case[1:] for case in _cases(80 * gb, "--experts-per-layer", "2")} == {(2, 12 * gb)}
+
+
+def test_defaults_take_the_slots_that_their_budget_holds(packed4: PackedModel) -> None:
+    """And a row says how many that were."""
+    device, record = FakeDevice(), packed4.manifest.experts[0].record_nbytes
+    options = given("--tokens", "2", "--trials", "1")
+    engine = Engine(packed4, EngineSettings(vram=VRAM), device=device)
+    fixed, layers = engine.plan.fixed, len(engine.plan.experts)
+    engine.close()
+    row = paper.measure(paper.DEFAULTS, packed4, device, options, 2, fixed + (3 * layers + 1) * record, 1e9)
+    assert row.slots == 3 + 1 / layers
+    assert paper.measure("full", packed4, device, options, 2, VRAM, 1e9).slots == 2
+
+
+def test_naive_takes_a_quarter_of_the_tokens(packed4: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    taken: list[int] = []
+    real = paper._advance
+
+    def noted(running: Any, device: Any, ids: Any, prompt: int) -> Any:
+        taken.append(len(ids) - prompt)
+        return real(running, device, ids, prompt)
+
+    monkeypatch.setattr(paper, "_advance", noted)
+    for count, timed in (("24", 6), ("6", 4), ("2", 2)):
+        options = given("--tokens", count, "--trials", "1")
+        row = paper.measure("naive", packed4, FakeDevice(), options, 2, VRAM, 1e9)
+        assert taken[-1] == timed and (row.vram, row.slots) == (None, 0)
+        assert row.bytes_up_per_token == sum(e.num_experts * e.record_nbytes for e in packed4.manifest.experts)
 
 
 @pytest.mark.parametrize("name", ["full", "naive"])
@@ -59,18 +119,16 @@ def test_a_row_leaves_nothing_behind(packed4: PackedModel, monkeypatch: pytest.M
     left: list[Any] = []
     real = paper._advance
 
-    def noted(running: Any, *others: Any) -> Any:
+    def noted(running: Any, *others: Any, **named: Any) -> Any:
         left.append(weakref.ref(running.model))
-        return real(running, *others)
+        return real(running, *others, **named)
 
     monkeypatch.setattr(paper, "_advance", noted)
     device = FakeDevice()
-    parser = argparse.ArgumentParser()
-    bench_command.add(parser.add_subparsers())
-    options = parser.parse_args(["bench", "-", "--vram", str(VRAM), "--tokens", "2", "--trials", "1"])
+    options = given("--tokens", "2", "--trials", "1")
     gc.disable()
     try:
-        paper.measure(name, packed4, device, options, 2, 1e9)
+        paper.measure(name, packed4, device, options, 2, VRAM, 1e9)
     finally:
         gc.enable()
     assert left and all(model() is None for model in left) and device.allocated == 0

@@ -4,11 +4,12 @@ import argparse
 import dataclasses
 import gc
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from greenroom.cli import options as shared
-from greenroom.sizes import format_bytes
+from greenroom.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from greenroom.device import Device
@@ -27,17 +28,24 @@ PAPER: "dict[tuple[str, int], tuple[float, ...]]" = {
 }
 """arXiv 2312.17238, Table 2: Mixtral-8x7B, tokens per second by experts' bits."""
 
+DEFAULTS = "greenroom's defaults"
 ROWS: "dict[str, dict[str, Any]]" = {
     "full": {"prefetch": 1},
     "without prefetch": {},
     "without cache and prefetch": {"experts_per_layer": 0},
     "naive": {},
-    "greenroom's defaults": {"policy": "learned", "cpu_experts": True},
+    DEFAULTS: {"experts_per_layer": None, "policy": "learned", "cpu_experts": True},
 }
-"""What each row changes of an LRU cache that moves every miss."""
+"""What each row changes of an LRU cache of k slots per layer that moves every miss."""
+
+BUDGETS = {2: 12 * 10**9, 4: 16 * 10**9}
+"""Slots per layer → bytes of the GPU's memory: the paper's k on GPUs of 12 and 16 GB."""
 
 WARM_UP = 16
 """Tokens before the first that is timed."""
+
+WARM_UP_PROMPT = 256
+"""Ids of the prompt before these, spread over the vocabulary: enough to bring nearly all experts from disk to RAM."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,11 +53,15 @@ class Row:
     """One measured row."""
 
     name: str
-    slots: int
-    """per layer"""
+    vram: "int | None"
+    """bytes of the device's memory that it may take; None for naive, which takes no more than a layer at a time"""
+    slots: float
+    """per layer, on average, as the engine had them in the end"""
     tokens_per_s: float
     hit_rate: float
     bytes_up_per_token: float
+    bytes_read_per_token: float
+    """from disk: none where RAM holds all experts"""
     floor_tokens_per_s: float
     """no faster than the missed bytes cross the link; infinite where nothing was missed"""
     paper: "tuple[float, ...]"
@@ -70,16 +82,35 @@ def execute(options: argparse.Namespace) -> int:
     bits = packed.manifest.settings["expert_bits"]
     print(f"{options.model}: {packed.manifest.architecture}, {bits}-bit experts, on {device.title()}")
     print(f"floor: the link carries {link / 1e9:.1f} GB/s; tokens are consecutive ids (see docs/cli.md)", flush=True)
-    counts = [2, 4] if options.experts_per_layer is None else [options.experts_per_layer]
     rows = []
-    for name in ROWS:
-        for slots in counts[:1] if name in ("naive", "without cache and prefetch") else counts:
-            rows.append(measure(name, packed, device, options, slots, link))
-            print(_line(rows[-1]), flush=True)
+    for name, slots, vram in cases(options, device.memory()[0]):
+        rows.append(measure(name, packed, device, options, slots, vram, link))
+        print(line(rows[-1]), flush=True)
     if options.json:
         report = [dataclasses.asdict(row) for row in rows]
         shared.print_json({"link_bytes_per_s": link, "expert_bits": bits, "paper_gpus": PAPER_GPUS, "rows": report})
     return 0
+
+
+def cases(options: argparse.Namespace, free: int) -> "list[tuple[str, int, int]]":
+    """(row, slots per layer, bytes of the device's memory) of all that is measured where so many bytes are free.
+
+    Without --vram the paper's k have its GPUs' memory, as far as that is free. greenroom's defaults fill a budget,
+    whatever the k, so each budget is measured once.
+    """
+    counts = list(BUDGETS) if options.experts_per_layer is None else [options.experts_per_layer]
+    given = None if options.vram is None else parse_bytes(options.vram)
+    budgets = [(k, given or min(BUDGETS.get(k, free), free)) for k in counts]
+    found = []
+    for name in ROWS:
+        if name in ("naive", "without cache and prefetch"):
+            chosen = budgets[:1]
+        elif name == DEFAULTS:
+            chosen = list({vram: (k, vram) for k, vram in reversed(budgets)}.values())[::-1]
+        else:
+            chosen = budgets
+        found += [(name, *one) for one in chosen]
+    return found
 
 
 def link_bandwidth(device: "Device", nbytes: int = 64 << 20) -> float:
@@ -97,29 +128,40 @@ def link_bandwidth(device: "Device", nbytes: int = 64 << 20) -> float:
 
 
 def measure(
-    name: str, packed: "PackedModel", device: "Device", options: argparse.Namespace, slots: int, link: float
+    name: str,
+    packed: "PackedModel",
+    device: "Device",
+    options: argparse.Namespace,
+    slots: int,
+    vram: int,
+    link: float,
 ) -> Row:
-    """One row: a short prompt, tokens to warm up, then `options.tokens` tokens timed; the median of the trials."""
-    settings = {"experts_per_layer": slots, "policy": "lru", "cpu_experts": False, **ROWS[name]}
-    running: Any = _Naive(packed, device) if name == "naive" else _Ours(packed, device, options, settings)
+    """One row within `vram` bytes: a prompt and tokens to warm up, then `options.tokens` tokens timed, of naive
+    offloading a quarter; the median of the trials."""
+    naive = name == "naive"
+    tokens = min(options.tokens, max(4, options.tokens // 4)) if naive else options.tokens
+    settings = {"experts_per_layer": slots, "policy": "lru", "cpu_experts": False, "vram": vram, **ROWS[name]}
+    running: Any = _Naive(packed, device) if naive else _Ours(packed, device, options, settings)
     try:
-        _advance(running, device, 0, WARM_UP)
-        starts = [WARM_UP + number * options.tokens for number in range(options.trials)]
-        trials = [_advance(running, device, start, options.tokens) for start in starts]
-        reason = running.reason()
+        _warm_up(running, device, 1 if naive else WARM_UP)
+        starts = [WARM_UP + number * tokens for number in range(options.trials)]
+        trials = [_advance(running, device, range(start, start + 8 + tokens), prompt=8) for start in starts]
+        used, reason = running.slots(), running.reason()
     finally:
         running.close()
         del running
         let_go(device)
     seconds = statistics.median(trial[0] for trial in trials)
-    hits, requests, sent = (sum(counts) for counts in zip(*(trial[1] for trial in trials), strict=True))
-    per_token = sent / (options.tokens * options.trials)
+    hits, requests, sent, read = (sum(counts) for counts in zip(*(trial[1] for trial in trials), strict=True))
+    per_token = sent / (tokens * options.trials)
     return Row(
         name=name,
-        slots=0 if name == "naive" else settings["experts_per_layer"],
-        tokens_per_s=options.tokens / seconds if seconds else float("inf"),
+        vram=None if naive else vram,
+        slots=used,
+        tokens_per_s=tokens / seconds if seconds else float("inf"),
         hit_rate=hits / requests if requests else 0.0,
         bytes_up_per_token=per_token,
+        bytes_read_per_token=read / (tokens * options.trials),
         floor_tokens_per_s=link / per_token if per_token else float("inf"),
         paper=PAPER.get((name, packed.manifest.settings["expert_bits"]), ()),
         reason=reason,
@@ -142,15 +184,18 @@ class _Ours:
         from greenroom.engine import Engine
 
         wanted = dataclasses.replace(shared.settings_of(options, context=2048), **settings)
-        if wanted.vram is None:
-            wanted = dataclasses.replace(wanted, vram=device.memory()[0])
         self._engine = Engine(packed, wanted, device=device)
         self.model = self._engine.model
 
-    def counts(self) -> "tuple[int, int, int]":
-        """(hits, requests, bytes sent) so far."""
+    def counts(self) -> "tuple[int, int, int, int]":
+        """(hits, requests, bytes sent, bytes read from disk) so far."""
         metrics = self._engine.metrics()
-        return metrics.hits, metrics.requests, metrics.bytes_up
+        return metrics.hits, metrics.requests, metrics.bytes_up, metrics.bytes_read
+
+    def slots(self) -> float:
+        """Per layer, on average."""
+        plan = self._engine.plan
+        return plan.slots / len(plan.experts)
 
     def reason(self) -> str:
         """What was decided."""
@@ -170,9 +215,13 @@ class _Naive:
         self._naive = NaiveModel(packed, device)
         self.model = self._naive.model
 
-    def counts(self) -> "tuple[int, int, int]":
-        """Nothing hits."""
-        return 0, 0, self._naive.bytes_up
+    def counts(self) -> "tuple[int, int, int, int]":
+        """Nothing hits, and all was read before."""
+        return 0, 0, self._naive.bytes_up, 0
+
+    def slots(self) -> float:
+        """Nothing is kept."""
+        return 0.0
 
     def reason(self) -> str:
         """Nothing is decided."""
@@ -183,17 +232,23 @@ class _Naive:
         del self._naive, self.model
 
 
-def _advance(running: Any, device: "Device", start: int, count: int) -> "tuple[float, list[int]]":
-    """(seconds, what `counts` added) for `count` tokens, one by one, after a prompt of eight that is left out."""
+def _warm_up(running: Any, device: "Device", count: int) -> None:
+    """A prompt that wants nearly every expert, so that what is timed does not wait for the disk, and `count` tokens."""
+    vocabulary = running.model.config.get_text_config().vocab_size
+    spread = [number * vocabulary // WARM_UP_PROMPT for number in range(WARM_UP_PROMPT)]
+    _advance(running, device, [*spread, *range(count)], prompt=WARM_UP_PROMPT)
+
+
+def _advance(running: Any, device: "Device", ids: "Sequence[int]", prompt: int) -> "tuple[float, list[int]]":
+    """(seconds, what `counts` added) for tokens one by one, after the first `prompt` of them, which are left out."""
     import torch
 
-    vocabulary = running.model.config.get_text_config().vocab_size
-    ids = torch.arange(start, start + count + 8) % vocabulary
+    wrapped = torch.tensor(ids) % running.model.config.get_text_config().vocab_size
     with torch.no_grad():
-        out = running.model(ids[None, :8].to(device.place), use_cache=True, logits_to_keep=1)
+        out = running.model(wrapped[None, :prompt].to(device.place), use_cache=True, logits_to_keep=1)
         device.synchronise(device.mark())
         start_s, before = device.clock(), running.counts()
-        for token in ids[8:].tolist():
+        for token in wrapped[prompt:].tolist():
             given = torch.tensor([[token]], device=device.place)
             out = running.model(given, past_key_values=out.past_key_values, use_cache=True)
         device.synchronise(device.mark())
@@ -201,12 +256,14 @@ def _advance(running: Any, device: "Device", start: int, count: int) -> "tuple[f
     return device.clock() - start_s, added
 
 
-def _line(row: Row) -> str:
+def line(row: Row) -> str:
+    """A row for people."""
     ratio = row.floor_tokens_per_s / row.tokens_per_s if row.tokens_per_s else float("inf")
-    name = row.name if row.name == "naive" else f"{row.name}, k = {row.slots}"
+    name = row.name if row.vram is None else f"{row.name}, k = {row.slots:.3g} in {row.vram / 1e9:.3g} GB"
     paper = f"; the paper's {PAPER_GPUS[0]} {row.paper[0]}, {PAPER_GPUS[-1]} {row.paper[-1]}" if row.paper else ""
+    read = f", {format_bytes(row.bytes_read_per_token)} from disk" if row.bytes_read_per_token else ""
     return (
         f"{name}: {row.tokens_per_s:.2f} tokens/s, {row.hit_rate:.0%} hits, "
-        f"{format_bytes(row.bytes_up_per_token)} per token, {ratio:.2f} times the floor's time{paper}"
+        f"{format_bytes(row.bytes_up_per_token)} per token{read}, {ratio:.2f} times the floor's time{paper}"
         + (f" ({row.reason})" if row.reason else "")
     )
