@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 import torch
 
-from benchmarks import gpu_kernels, gpu_peers
+from benchmarks import gpu_kernels, gpu_models, gpu_peers, gpu_tier
 from benchmarks.gpu_clock import Clock, GpuClock
 from benchmarks.kernels import MODELS
 from greenroom.kernels import device
@@ -50,8 +50,7 @@ class Box:
     """called after each part"""
     folder: Path = Path(tempfile.gettempdir())
     """for the tier's models"""
-    writer: "subprocess.Popen[bytes] | None" = None
-    """of these models"""
+    models: "gpu_models.Models | None" = None
 
     @property
     def left(self) -> float:
@@ -81,8 +80,8 @@ def floors(box: Box) -> None:
 
 def models(box: Box) -> None:
     """Starts to write the tier's models, which asks nothing of the GPU."""
-    command = [sys.executable, "-m", "benchmarks.gpu_tier", "--models", str(box.folder)]
-    box.writer = subprocess.Popen(command, cwd=ROOT)
+    box.models = gpu_models.Models(box.folder, gpu_models.MODELS)
+    box.models.start(list(gpu_models.MODELS))
 
 
 def correctness(box: Box) -> None:
@@ -168,16 +167,17 @@ def tier(box: Box) -> None:
     """The device tier over synthetic models in `box.folder`, in a process of its own that may be stopped."""
     if box.late("tier", 0.15):
         return
-    if box.writer is not None:
-        box.writer.wait()
+    if box.models is not None:
+        box.models.wait(list(gpu_models.MODELS), 0.2 * box.left)
     with contextlib.suppress(RuntimeError):  # a kernel that faulted has taken this process's context with it
         torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
-        out, seconds = Path(folder) / "tier.json", box.left - 0.15 * box.seconds
-        command = [sys.executable, "-m", "benchmarks.gpu_tier", "--models", str(box.folder), "--out", str(out)]
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-            error = "" if done.returncode in (0, 1) else done.stderr[-3000:]
+        out, seconds = Path(folder) / "tier.json", box.left - 0.12 * box.seconds
+        command = [sys.executable, "-m", "benchmarks.gpu_tier", "--models", str(box.folder)]
+        command += ["--seconds", f"{max(1.0, seconds - 15):.0f}", "--out", str(out)]
+        try:  # its stderr is this one's, so that it shows where it is
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=max(1.0, seconds))
+            error = "" if done.returncode in (0, 1) else f"status {done.returncode}"
         except subprocess.TimeoutExpired:
             error = f"stopped after {seconds:.0f} s"
         if out.is_file():
@@ -243,13 +243,7 @@ def table(result: Result) -> str:
             f"prompt  {line['model']:14} {line['format']:10} {line['each']:3} tokens an expert "
             f"{line['ms']:8.2f} ms {line['tflops']:6.0f} TFLOP/s  share {line['share']:.2f}"
         )
-    for line in result.get("tier", {}).get("rows", []):
-        rows.append(
-            f"tier    {line['name']:42} {line['tokens_per_s']:7.2f} tokens/s  of {line['floor_tokens_per_s']:.2f}  "
-            f"hits {line['hit_rate']:.0%}"
-        )
-    for way, us in result.get("tier", {}).get("host", {}).get("us_per_layer", {}).items():
-        rows.append(f"host    {way:10} {us:8.0f} us a layer")
+    rows += gpu_tier.table(result.get("tier", {}))
     for line in result.get("linear", []):
         measured = f"{line['us']:8.1f} us  share {line['share']:.2f}" if "us" in line else line["absent"]
         rows.append(f"linear  {line['kernel']:14} {measured}")

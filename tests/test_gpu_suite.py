@@ -106,6 +106,9 @@ def test_the_tier_is_measured_after_a_kernel_that_faulted(monkeypatch: pytest.Mo
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def run(command: "list[str]", **options: Any) -> "subprocess.CompletedProcess[str]":
+        seconds = float(command[command.index("--seconds") + 1])
+        assert seconds < options["timeout"] < made.left  # it ends by itself before it is stopped, and before the suite
+        assert "stderr" not in options and "capture_output" not in options
         Path(command[-1]).write_text('{"tier": {"failed": []}}')
         return subprocess.CompletedProcess(command, 0, "", "")
 

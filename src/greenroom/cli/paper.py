@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import gc
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,17 +135,21 @@ def measure(
     slots: int,
     vram: int,
     link: float,
+    note: "Callable[[str], None]" = lambda done: None,
 ) -> Row:
     """One row within `vram` bytes: a prompt and tokens to warm up, then `options.tokens` tokens timed, of naive
-    offloading a quarter; the median of the trials."""
+    offloading a quarter; the median of the trials. `note` is told what has been done."""
     naive = name == "naive"
     tokens = min(options.tokens, max(4, options.tokens // 4)) if naive else options.tokens
     settings = {"experts_per_layer": slots, "policy": "lru", "cpu_experts": False, "vram": vram, **ROWS[name]}
     running: Any = _Naive(packed, device) if naive else _Ours(packed, device, options, settings)
     try:
+        note("started")
         _warm_up(running, device, 1 if naive else WARM_UP)
+        note("warm")
         starts = [WARM_UP + number * tokens for number in range(options.trials)]
         trials = [_advance(running, device, range(start, start + 8 + tokens), prompt=8) for start in starts]
+        note("timed")
         used, reason = running.slots(), running.reason()
     finally:
         running.close()
