@@ -81,7 +81,8 @@ class Tier:
         try:
             result = measured()
         except Exception as error:  # the others still have something to say
-            self.found["failed"].append({"part": name, "error": traceback.format_exc()[-3000:]})
+            error_text = traceback.format_exc()[-3000:].replace(f"{Path(__file__).parent.parent}/", "")
+            self.found["failed"].append({"part": name, "error": error_text})
             say(f"{name}: {type(error).__name__}: {error}")
         took_s = self._now() - start_s
         if result is not None:
