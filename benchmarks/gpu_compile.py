@@ -70,8 +70,16 @@ def cases(every: bool) -> "Iterator[Case]":
             for kind, out in (("silu_and_mul", bits), ("identity", 0)):
                 constants = {**shape, "ROWS": rows, "OUT_BITS": out, **launch.gate_of(kind)}
                 yield Case(
-                    f"vector {bits}g{group} {rows} rows {kind}", vector.products, constants, 1, rows * columns,
-                    {"x": "*fp32"},
+                    f"vector {bits}g{group} {rows} rows {kind}", vector.products,
+                    {**constants, "HALVES": False, "ASM": True}, 1, rows * columns, {"x": "*fp32"},
+                )  # fmt: skip
+        for rows in (launch.ROWS, launch.ROWS // 2) if bits != 16 else ():
+            for kind, out in (("silu_and_mul", bits), ("identity", 0)):
+                constants = {**shape, "ROWS": rows, "OUT_BITS": out, **launch.gate_of(kind)}
+                yield Case(
+                    f"halves {bits}g{group} {rows} rows {kind}", vector.products,
+                    {**constants, "HALVES": True, "ASM": True}, 1, rows * columns,
+                    {"x": "*i32", "out": "*fp16" if out else "*fp32"}, since=80,
                 )  # fmt: skip
         decode = {"tasks": None, "vectors": None, "K": 8, "KS": 8}
         prompt = {"slots": None, "K": 1, "KS": 1}

@@ -150,6 +150,32 @@ def test_token_equals_the_reference(format: Format, tokens: int) -> None:
     assert distance(other, wanted) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("format", [f for f in FORMATS if f.bits != 16], ids=lambda f: f.name)
+def test_single_vectors_by_matrix_units_equal_the_reference(format: Format) -> None:
+    """Whatever the size of weights and activations, and where rows are several tiles."""
+    x = vectors(1, 2100)
+    x[0, 7] = 1e5  # beyond float16
+    for scale, dtype in [(1.0, torch.bfloat16), (1e-7, torch.float16), (1e4, torch.bfloat16)]:
+        given = (x if dtype == torch.bfloat16 else vectors(1, 2100)).to(dtype)
+        packed = quantize(weight(13, 2100) * scale, format)
+        wanted = reference.linear(given.float(), packed, 13, 2100, format)
+        matrix = RecordTensor(name="", rows=13, cols=2100, offset=0, format=format)
+        found = torch.empty(1, 13, device=ON)
+        arranged, identity = launch.arranged(given.to(ON), matrix), launch.gate_of("identity")
+        assert arranged.dtype == torch.float16
+        launch.vectors(arranged, packed.to(ON), None, 1, matrix, None, identity, found, None)
+        assert distance(found.cpu() / scale, wanted / scale) < ROUNDING[torch.float16]
+        swapped = launch.arranged(given.roll(1).to(ON), matrix)  # negative control
+        launch.vectors(swapped, packed.to(ON), None, 1, matrix, None, identity, found, None)
+        assert distance(found.cpu() / scale, wanted / scale) > 10 * ROUNDING[torch.float16]
+
+
+def test_what_is_no_number_stays_so_in_float16() -> None:
+    x, format = vectors(1, 64).to(torch.bfloat16), Format.of(4)
+    x[0, 3] = float("nan")
+    assert device.linear(x.to(ON), quantize(weight(5, 64), format).to(ON), 5, 64, format).isnan().all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens,biased", [(1, True), (2, False)])
 def test_every_gate(kind: str, tokens: int, biased: bool) -> None:

@@ -239,8 +239,7 @@ def _apart(
     """Pairs one by one, out [P, H]; experts that tokens share come out of the cache again."""
     first, second, *biases = layout
     inner, outer = biases or (None, None)
-    width = launch.width(second.cols, second.format.bits)
-    middle = torch.empty((len(out), width), dtype=torch.float32, device=x.device)
+    middle = launch.room(len(out), second, x.dtype, x.device)
     launch.vectors(
         launch.arranged(x, first), arena, slots, slots.shape[1], first, inner, launch.gate_of(kind), middle, second
     )

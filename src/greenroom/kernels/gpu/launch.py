@@ -78,10 +78,23 @@ class Tasks:
         return len(self.table)
 
 
+def room(count: int, matrix: RecordTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """For `count` arranged vectors [count, width] that the matrix is multiplied with, of activations in `dtype`:
+    float16 where `halves` multiplies them, else float32."""
+    size = (count, width(matrix.cols, matrix.format.bits))
+    return torch.empty(size, dtype=torch.float16 if in_halves(matrix, dtype, device) else torch.float32, device=device)
+
+
+def in_halves(matrix: RecordTensor, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrix units multiply single vectors: those of Ampere and later; the interpreter stands for them."""
+    narrow = dtype != torch.float32 and matrix.format.bits != 16
+    return narrow and (device.type != "cuda" or has_matrix_units(device))
+
+
 def arranged(x: torch.Tensor, matrix: RecordTensor) -> torch.Tensor:
-    """float32 [n, width]: vectors x [n, cols] as the vector kernel reads them."""
+    """Vectors x [n, cols] as the vector kernel reads them: see `room`."""
     bits = matrix.format.bits
-    out = torch.empty((len(x), width(matrix.cols, bits)), dtype=torch.float32, device=x.device)
+    out = room(len(x), matrix, x.dtype, x.device)
     grid = (len(x), triton.cdiv(out.shape[1], BLOCK))
     _vector.arrange[grid](x.contiguous(), out, matrix.cols, out.shape[1], BITS=bits, BLOCK=BLOCK, **FUSED)
     return out
@@ -101,12 +114,13 @@ def vectors(
     """Arranged vectors x times each pair's matrix: out [pairs, …], arranged for the matrix `after` if there is one."""
     outputs = matrix.rows if gate["FORM"] == "alone" else matrix.rows // 2
     warps = len(out) * triton.cdiv(matrix.rows, ROWS)
-    few_registers = matrix.format.bits != 3
+    halves = x.dtype == torch.float16
+    few_registers = matrix.format.bits != 3 or halves
     rows = ROWS if warps >= _enough(x.device) and few_registers else ROWS // 2
     if triton.cdiv(matrix.rows, rows) > MOST_PROGRAMS:  # a head of 262144 tokens
         rows = ROWS
     _vector.products[(len(out), triton.cdiv(matrix.rows, rows))](
-        x,
+        x.view(torch.int32) if halves else x,
         arena,
         None if slots is None else slots.contiguous(),
         out,
@@ -121,6 +135,8 @@ def vectors(
         **parts_of(matrix),
         one=_ONE,
         ROWS=rows,
+        HALVES=halves,
+        ASM=assembles(x.device),
         BIAS=bias is not None,
         BIAS_IS_FLOAT16=bias is not None and bias.format.dtype == "float16",
         OUT_BITS=after.format.bits if after else 0,
@@ -194,6 +210,11 @@ def vectors_at_once(vectors: int, device: torch.device) -> int:
 def has_matrix_units(device: torch.device) -> bool:
     """That Triton multiplies bfloat16 with, too: not before Ampere, and not in the interpreter."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def assembles(device: torch.device) -> bool:
+    """Whether a kernel's assembly is what runs, and not what stands for it in the interpreter."""
+    return device.type == "cuda"
 
 
 def fits_vectors(matrix: RecordTensor) -> bool:

@@ -10,7 +10,7 @@ arranged as the warp reads them (`bits.place`), serve all of its rows.
 import triton
 import triton.language as tl
 
-from greenroom.kernels.gpu import bits, gates
+from greenroom.kernels.gpu import bits, gates, halves
 
 
 @triton.jit
@@ -123,29 +123,42 @@ def times(
 
 
 @triton.jit
+def arranged(vector, column, y, BITS: tl.constexpr):
+    """Where an arranged vector holds a column, and what of it, in the vector's dtype: see `halves` for float16."""
+    if vector.dtype.element_ty == tl.float16:
+        place = halves.place(column, BITS)
+        y = halves.narrowed(y)
+    else:
+        place = bits.place(column, BITS)
+    return vector + place, y
+
+
+@triton.jit
 def arrange(x, out, cols, width, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Vectors x [n, cols] as float32 out [n, width], in the order of `bits.place`; 0 where no column is.
+    """Vectors x [n, cols] as out [n, width], as `products` reads them; 0 where no column is.
 
     Grid: (n, blocks of columns).
     """
     vector = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + vector * cols + column, mask=column < cols, other=0.0).to(tl.float32)
-    tl.store(out + vector * width + bits.place(column, BITS), value, mask=column < width)
+    place, value = arranged(out + vector * width, column, value, BITS)
+    tl.store(place, value, mask=column < width)
 
 
 @triton.jit
 def products(
-    x,  # float32 [n, width], arranged
+    x,  # [n, width], arranged: float32, or pairs of float16 as int32 [n, width / 2] for `halves`
     arena,  # uint8, records of record_nbytes
     slots,  # int32 [pairs], or None where there is one record alone
-    out,  # [pairs, out_width]: arranged for OUT_BITS, or as it is where that is 0
+    out,  # [pairs, out_width]: arranged for OUT_BITS, in float32 or float16, or as it is where that is 0
     record_nbytes, offset, bias,  # in bytes: of a record, and within it of the matrix and of its bias
     per_vector,  # pairs that share a vector, one after another
     width, out_width,
     matrix_rows, outputs,
     scale_codes, zero_codes, row_params, groups, chunks, one,
     BITS: tl.constexpr, GROUP: tl.constexpr, IS_FLOAT16: tl.constexpr, ROWS: tl.constexpr,
+    HALVES: tl.constexpr, ASM: tl.constexpr,
     BIAS: tl.constexpr, BIAS_IS_FLOAT16: tl.constexpr, OUT_BITS: tl.constexpr,
     FORM: tl.constexpr, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr,
 ):  # fmt: skip
@@ -160,10 +173,18 @@ def products(
     if FORM == "halves":  # gate and up of an output are neighbours here
         tile = tile // 2 + tile % 2 * outputs
     rows = tl.minimum(tile, matrix_rows - 1)
-    y = times(
-        record + offset, rows, x + pair // per_vector * width, scale_codes, zero_codes, row_params,
-        groups, chunks, one, BITS, GROUP, IS_FLOAT16, ROWS,
-    )  # fmt: skip
+    if HALVES:
+        even, odd = tl.split(tl.reshape(rows, [ROWS // 2, 2]))
+        y_even, y_odd = halves.times(
+            record + offset, even, odd, x + pair // per_vector * (width // 2), scale_codes, zero_codes, row_params,
+            groups, chunks, BITS, GROUP, ROWS // 2, ASM,
+        )  # fmt: skip
+        y = tl.reshape(tl.join(y_even, y_odd), [ROWS])
+    else:
+        y = times(
+            record + offset, rows, x + pair // per_vector * width, scale_codes, zero_codes, row_params,
+            groups, chunks, one, BITS, GROUP, IS_FLOAT16, ROWS,
+        )  # fmt: skip
     if BIAS:
         y += bits.half(tl.load((record + bias).to(tl.pointer_type(tl.int16)) + rows).to(tl.int32), BIAS_IS_FLOAT16)
     if FORM == "alone":
@@ -172,10 +193,14 @@ def products(
         gate, up = tl.split(tl.reshape(y, [COUNT, 2]))
         y = gates.gated(gate, up, FUNCTION, ALPHA, LIMIT, PLUS)
     column = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
-    place = bits.place(column, OUT_BITS) if OUT_BITS else column
-    tl.store(out + pair * out_width + place, y, mask=column < outputs)
-    if OUT_BITS:
+    here = out + pair * out_width
+    if OUT_BITS == 0:
+        tl.store(here + column, y, mask=column < outputs)
+    else:
+        place, y = arranged(here, column, y, OUT_BITS)
+        tl.store(place, y, mask=column < outputs)
         if tl.program_id(1) == tl.num_programs(1) - 1:
             for start in range(outputs, out_width, 128):
                 padding = start + tl.arange(0, 128)
-                tl.store(out + pair * out_width + bits.place(padding, OUT_BITS), 0.0, mask=padding < out_width)
+                beyond, zero = arranged(here, padding, tl.zeros([128], tl.float32), OUT_BITS)
+                tl.store(beyond, zero, mask=padding < out_width)
