@@ -46,6 +46,7 @@ class Case:
     warps: int = 4
     weights: float = 0
     types: "dict[str, str]" = dataclasses.field(default_factory=dict)
+    stages: int = 3
     since: int = 75
     """Compute capability from which it is used."""
 
@@ -84,16 +85,23 @@ def cases(every: bool) -> "Iterator[Case]":
         decode = {"tasks": None, "vectors": None, "K": 8, "KS": 8}
         prompt = {"slots": None, "K": 1, "KS": 1}
         for block, call in ((16, decode), (64, prompt)):
-            tile = {"BM": block, "BN": launch.COLUMNS, "UNITS": launch.UNITS}
-            constants = {**shape, **call, **tile, **launch.gate_of("silu_and_mul")}
+            tile = {"BM": block, "BN": launch.COLUMNS, "UNITS": launch.UNITS, "ASM": True}
+            constants = {**shape, **call, **tile, **launch.gate_of("silu_and_mul"), "HALVES": False, "OUT_BITS": 0}
             yield Case(
                 f"matrix {bits}g{group} {block} vectors", matrix.products, constants,
                 types={"out": "*fp16"}, since=75 if block == 16 else 80,
             )  # fmt: skip
+            if bits == 16:
+                continue
+            constants = constants | {"HALVES": True, "OUT_BITS": bits}
+            yield Case(
+                f"tiles {bits}g{group} {block} vectors", matrix.products, constants,
+                weights=launch.COLUMNS // 4 * columns // 4, types={"out": "*fp16"}, since=80, stages=1,
+            )  # fmt: skip
         if bits != 16:
             constants = {"BITS": bits, "GROUP": group, "BN": launch.COLUMNS, "UNITS": launch.UNITS}
             yield Case(f"dequantised {bits}g{group}", matrix.dequantised, constants, types={"out": "*fp16"})
-    yield Case("arrange", vector.arrange, {"BITS": 3, "BLOCK": 256})
+    yield Case("arrange", vector.arrange, {"BITS": 3, "TILES": False, "BLOCK": 256})
     yield Case("combine", pairs.combine, {"K": 8, "OWN": True, "BLOCK": 256})
     yield Case("lookup", pairs.lookup, {"BLOCK": 128})
 
@@ -114,7 +122,7 @@ def compiled(case: Case, capability: int) -> Found:
             if types.get(name, "constexpr") != "constexpr"
         },
     )
-    options = {"num_warps": case.warps, **launch.FUSED}
+    options = {"num_warps": case.warps, "num_stages": case.stages, **launch.FUSED}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

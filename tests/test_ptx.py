@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("triton.backends.nvidia", reason="triton has no NVIDIA backend")
 
 ROOT = Path(__file__).parent.parent
-CASES = ["float16:4:64:1064:9:1", "bfloat16:3:64:72:11:1", "float16:2:16:72:11:5"]
+CASES = ["float16:4:64:1064:9:1", "bfloat16:3:64:72:11:1", "float16:2:16:600:11:5", "bfloat16:3:64:72:11:40"]
 """Several turns of a loop; both dtypes; each default width; one token and several."""
 EVERY = [
     f"{dtype}:{bits}:{group}:72:19:{tokens}"
@@ -39,17 +39,16 @@ def emulated(*arguments: str) -> "list[dict[str, Any]]":
 def test_compiled_kernels_equal_the_reference() -> None:
     found = emulated(*CASES)
     assert [one["kernel"] for one in found] == [
-        name for tokens in ("1", "1", "5") for name in (f"token {tokens}", "prompt", "combine", "linear")
+        *(name for tokens in (1, 1, 5) for name in (f"token {tokens}", "prompt", "combine", "linear")),
+        *("prompt", "combine", "linear"),  # 40 tokens
     ]
     assert all(one["right"] for one in found), found
 
 
 def test_a_wrong_register_is_seen() -> None:
-    """Negative control: matrix units that multiply a column twice and another not at all."""
+    """Negative control: matrix units that multiply a column twice and another not at all; pairs of words swapped."""
     found = emulated("--broken", "float16:4:64:72:11:1")
-    assert {one["kernel"]: one["right"] for one in found} == {
-        "token 1": False, "prompt": True, "combine": True, "linear": False,
-    }  # fmt: skip
+    assert len(found) == 4 and not any(one["right"] for one in found), found
 
 
 @pytest.mark.slow

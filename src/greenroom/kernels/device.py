@@ -197,7 +197,8 @@ def linear(
     else:
         block = launch.vectors_at_once(len(x), x.device)
         work = launch.Tasks(_blocks(len(x), block, x.device), None, block)
-        launch.matrices(launch.multiplied(x), packed, work, 1, matrix, None, launch.gate_of("identity"), out)
+        identity = launch.gate_of("identity")
+        launch.matrices(launch.tiled(x, matrix), packed, work, 1, matrix, None, identity, out, None, x.dtype)
     return out if bias is None else out.add_(bias)
 
 
@@ -257,8 +258,8 @@ def _several(
     """Pairs of several tokens, out [P, H]."""
     first, second, *biases = layout
     inner, outer = biases or (None, None)
-    x = launch.multiplied(x)
-    middle = torch.empty((len(out), second.cols), dtype=x.dtype, device=x.device)
+    middle = launch.between(len(out), second, x.dtype, x.device)
     shared = work.top_k if isinstance(work, launch.Sharing) else 0
-    launch.matrices(x, arena, work, shared, first, inner, launch.gate_of(kind), middle)
-    launch.matrices(middle, arena, work, 1, second, outer, launch.gate_of("identity"), out)
+    gate, identity = launch.gate_of(kind), launch.gate_of("identity")
+    launch.matrices(launch.tiled(x, first), arena, work, shared, first, inner, gate, middle, second, x.dtype)
+    launch.matrices(middle, arena, work, 1, second, outer, identity, out, None, x.dtype)

@@ -17,7 +17,7 @@ from greenroom.kernels.gpu import bits
 
 ACTIVATION = tl.constexpr(0.0625)
 """Activations are multiplied by it before they are float16, which then reaches to 10^6."""
-_UNSCALED = tl.constexpr(16.0 * (1 << 9))
+UNSCALED = tl.constexpr(16.0 * (1 << 9))
 """What takes that back, and the scales' own factor, 2^(15 − 24)."""
 LARGEST = tl.constexpr(65504.0)
 """of a float16"""
@@ -166,7 +166,7 @@ def _codes(word, spread, w: tl.constexpr, byte: tl.constexpr, lane: tl.constexpr
 
 
 @triton.jit
-def _row(pairs, rows):
+def row(pairs, rows):
     """Of each row: its largest scale; [n, 1] scale_min and scale_step as shares of it · 2^15, zero_min, zero_step."""
     scale_min, scale_step, zero_min, zero_step = bits.row_params(pairs, rows)
     largest = tl.maximum(tl.abs(scale_min), tl.abs(scale_min + 255.0 * scale_step))
@@ -187,9 +187,9 @@ def _loaded(pointers, BYTE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _quads(codes, of_row, chunk, GROUP: tl.constexpr, LANES: tl.constexpr, ASM: tl.constexpr):
+def _quads(codes, of_row, chunk, QUADS: tl.constexpr, ASM: tl.constexpr):
     """Where a chunk has four groups, their codes lie in one word; elsewhere this is not used."""
-    if GROUP == 16 and LANES == 4:
+    if QUADS:
         found = _loaded(codes + of_row + (chunk * 4)[None, :], False, ASM)
     else:
         found = of_row
@@ -197,11 +197,12 @@ def _quads(codes, of_row, chunk, GROUP: tl.constexpr, LANES: tl.constexpr, ASM: 
 
 
 @triton.jit
-def _group_codes(
-    codes, of_row, quads, chunk, lane: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, ASM: tl.constexpr
-):
-    """float32 [n, TILE]: what the groups of a lane have there."""
-    if GROUP == 16 and LANES == 4:
+def group_codes(
+    codes, of_row, quads, chunk,
+    lane: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, QUADS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """float32 [n, chunks]: what the groups of a lane have there; QUADS: it lies in `quads`."""
+    if QUADS:
         found = quads >> 8 * lane & 255
     else:
         group = bits.unit(chunk, 0 if GROUP >= 64 else lane, LANES) // GROUP  # the same load for all lanes of a group
@@ -230,11 +231,12 @@ def times(
     LANES: tl.constexpr = 1 if BITS == 8 else 4 if BITS == 3 else 8 // BITS
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     WORDS: tl.constexpr = 6 if BITS == 3 else 4
+    QUADS: tl.constexpr = GROUP == 16 and LANES == 4
     words = matrix.to(tl.pointer_type(tl.int32))
     scales, zeros = matrix + scale_codes, matrix + zero_codes
     pairs = (matrix + row_params).to(tl.pointer_type(tl.int32))
-    even_largest, even_min, even_step, even_zero, even_zero_step = _row(pairs, even)
-    odd_largest, odd_min, odd_step, odd_zero, odd_zero_step = _row(pairs, odd)
+    even_largest, even_min, even_step, even_zero, even_zero_step = row(pairs, even)
+    odd_largest, odd_min, odd_step, odd_zero, odd_zero_step = row(pairs, odd)
     even_start, odd_start = (even * (chunks * WORDS))[:, None], (odd * (chunks * WORDS))[:, None]
     even_groups, odd_groups = (even * groups)[:, None], (odd * groups)[:, None]
     c_0 = tl.zeros([HALF, bits.TILE], tl.float32)
@@ -248,24 +250,24 @@ def times(
             even_w0, even_w1, even_w2, even_w3 = _four(words, even_start, first, chunks)
             odd_w0, odd_w1, odd_w2, odd_w3 = _four(words, odd_start, first, chunks)
             even_h0, even_h1, odd_h0, odd_h1 = even_w0, even_w0, odd_w0, odd_w0
-        even_scales = _quads(scales, even_groups, chunk, GROUP, LANES, ASM)
-        even_zeros = _quads(zeros, even_groups, chunk, GROUP, LANES, ASM)
-        odd_scales = _quads(scales, odd_groups, chunk, GROUP, LANES, ASM)
-        odd_zeros = _quads(zeros, odd_groups, chunk, GROUP, LANES, ASM)
+        even_scales = _quads(scales, even_groups, chunk, QUADS, ASM)
+        even_zeros = _quads(zeros, even_groups, chunk, QUADS, ASM)
+        odd_scales = _quads(scales, odd_groups, chunk, QUADS, ASM)
+        odd_zeros = _quads(zeros, odd_groups, chunk, QUADS, ASM)
         values = x + first * (8 * LANES) + tl.arange(0, bits.TILE)[None, :]
         for lane in tl.static_range(LANES):
             even_scale, even_offset = _factors(
                 even_min
-                + even_step * _group_codes(scales, even_groups, even_scales, chunk, lane, GROUP, LANES, ASM),
+                + even_step * group_codes(scales, even_groups, even_scales, chunk, lane, GROUP, LANES, QUADS, ASM),
                 even_zero
-                + even_zero_step * _group_codes(zeros, even_groups, even_zeros, chunk, lane, GROUP, LANES, ASM),
+                + even_zero_step * group_codes(zeros, even_groups, even_zeros, chunk, lane, GROUP, LANES, QUADS, ASM),
                 LOW * lane, BITS, ASM,
             )  # fmt: skip
             odd_scale, odd_offset = _factors(
                 odd_min
-                + odd_step * _group_codes(scales, odd_groups, odd_scales, chunk, lane, GROUP, LANES, ASM),
+                + odd_step * group_codes(scales, odd_groups, odd_scales, chunk, lane, GROUP, LANES, QUADS, ASM),
                 odd_zero
-                + odd_zero_step * _group_codes(zeros, odd_groups, odd_zeros, chunk, lane, GROUP, LANES, ASM),
+                + odd_zero_step * group_codes(zeros, odd_groups, odd_zeros, chunk, lane, GROUP, LANES, QUADS, ASM),
                 LOW * lane, BITS, ASM,
             )  # fmt: skip
             even_high, odd_high = even_h0, odd_h0
@@ -284,4 +286,4 @@ def times(
                     c_0, c_1, c_2, c_3, ASM,
                 )  # fmt: skip
     even_sum, odd_sum = _sums(c_0, c_1, c_2, c_3, ASM)
-    return even_sum * (even_largest * _UNSCALED), odd_sum * (odd_largest * _UNSCALED)
+    return even_sum * (even_largest * UNSCALED), odd_sum * (odd_largest * UNSCALED)

@@ -42,12 +42,13 @@ class Sharing:
     slots: torch.Tensor
     tokens: int
     top_k: int
+    block: int = MOST_TOKENS
 
     def arguments(self, per_vector: int) -> "dict[str, Any]":
         """What `matrix.products` wants to know; per_vector: pairs that share a vector of its input."""
         return {
             "slots": self.slots, "tasks": None, "vectors": None, "tokens": self.tokens, "per_vector": per_vector,
-            "K": self.top_k, "KS": triton.next_power_of_2(self.top_k), "BM": MOST_TOKENS,
+            "K": self.top_k, "KS": triton.next_power_of_2(self.top_k), "BM": self.block,
         }  # fmt: skip
 
     @property
@@ -96,8 +97,31 @@ def arranged(x: torch.Tensor, matrix: RecordTensor) -> torch.Tensor:
     bits = matrix.format.bits
     out = room(len(x), matrix, x.dtype, x.device)
     grid = (len(x), triton.cdiv(out.shape[1], BLOCK))
-    _vector.arrange[grid](x.contiguous(), out, matrix.cols, out.shape[1], BITS=bits, BLOCK=BLOCK, **FUSED)
+    _vector.arrange[grid](x.contiguous(), out, matrix.cols, out.shape[1], BITS=bits, TILES=False, BLOCK=BLOCK, **FUSED)
     return out
+
+
+def tiled(x: torch.Tensor, matrix: RecordTensor) -> torch.Tensor:
+    """Vectors x [n, cols] as the matrix kernel reads them: [n, width] in float16 where `tiles` multiplies them."""
+    if not in_halves(matrix, x.dtype, x.device):
+        return multiplied(x)
+    out = between(len(x), matrix, x.dtype, x.device)
+    grid = (len(x), triton.cdiv(out.shape[1], BLOCK))
+    _vector.arrange[grid](
+        x.contiguous(), out, matrix.cols, out.shape[1], BITS=matrix.format.bits, TILES=True, BLOCK=BLOCK, **FUSED
+    )
+    return out
+
+
+def between(count: int, matrix: RecordTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """For `count` vectors that the matrix kernel multiplies with `matrix`, of activations in `dtype`; 0 where no column
+    is."""
+    if not in_halves(matrix, dtype, device):
+        return multiplied(torch.empty((count, matrix.cols), dtype=dtype, device=device))
+    columns = 16 * 8 * {2: 4, 3: 4, 4: 2, 8: 1}[matrix.format.bits]  # of a tile's chunks
+    size = -(-matrix.cols // columns) * columns
+    make = torch.empty if size == matrix.cols else torch.zeros
+    return make((count, size), dtype=torch.float16, device=device)
 
 
 def vectors(
@@ -155,8 +179,14 @@ def matrices(
     bias: "RecordTensor | None",
     gate: "dict[str, Any]",
     out: torch.Tensor,
+    after: "RecordTensor | None",
+    dtype: torch.dtype,
 ) -> None:
-    """Vectors x [n, cols] times each pair's matrix: out [pairs, outputs]."""
+    """Vectors x, `tiled`, times each pair's matrix: out [pairs, outputs], or as the matrix `after` reads them if there
+    is one; dtype: the activations'."""
+    halves = in_halves(matrix, dtype, x.device)
+    arranges = after is not None and in_halves(after, dtype, x.device)
+    outputs = matrix.rows if gate["FORM"] == "alone" else matrix.rows // 2
     _matrix.products[(triton.cdiv(matrix.rows, COLUMNS), work.programs)](
         x=x,
         arena=arena,
@@ -165,17 +195,23 @@ def matrices(
         offset=matrix.offset,
         bias=bias.offset if bias else 0,
         cols=matrix.cols,
+        width=x.shape[1],
+        out_width=out.shape[1],
         matrix_rows=matrix.rows,
-        outputs=out.shape[1],
+        outputs=outputs,
         **work.arguments(per_vector),
         **parts_of(matrix),
         BIAS=bias is not None,
         BIAS_IS_FLOAT16=bias is not None and bias.format.dtype == "float16",
+        HALVES=halves,
+        ASM=assembles(x.device),
+        OUT_BITS=after.format.bits if after is not None and arranges else 0,
         BN=COLUMNS,
         UNITS=UNITS,
         **gate,
         **FUSED,
         num_warps=4,
+        num_stages=1 if halves else 3,  # what is loaded ahead would not fit beside the planes of three stages
     )
 
 

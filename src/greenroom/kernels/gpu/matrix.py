@@ -8,7 +8,7 @@ float32.
 import triton
 import triton.language as tl
 
-from greenroom.kernels.gpu import bits, gates
+from greenroom.kernels.gpu import bits, gates, halves, tiles
 
 
 @triton.jit
@@ -118,18 +118,19 @@ def sharers(slots, pair, tokens, K: tl.constexpr, KS: tl.constexpr, BM: tl.const
 
 @triton.jit
 def products(
-    x,  # [n, cols]
+    x,  # [n, width]: as they are, or arranged in float16 for `tiles`
     arena,  # uint8, records of record_nbytes
     slots,  # int32 [tokens, K], or None
     tasks,  # int32 [programs, 3]: slot, first pair, pairs; or None
     vectors,  # int32 [pairs]: a pair's vector in x; None: pair // per_vector
-    out,  # [pairs, outputs]
+    out,  # [pairs, out_width]: as they are, or arranged for the tiles of OUT_BITS
     record_nbytes, offset, bias,  # in bytes: of a record, and within it of the matrix and of its bias
-    tokens, per_vector, cols,
+    tokens, per_vector, cols, width, out_width,
     matrix_rows, outputs,
     scale_codes, zero_codes, row_params, groups, chunks,
     BITS: tl.constexpr, GROUP: tl.constexpr, IS_FLOAT16: tl.constexpr,
     BIAS: tl.constexpr, BIAS_IS_FLOAT16: tl.constexpr, K: tl.constexpr, KS: tl.constexpr,
+    HALVES: tl.constexpr, ASM: tl.constexpr, OUT_BITS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, UNITS: tl.constexpr,
     FORM: tl.constexpr, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr,
 ):  # fmt: skip
@@ -161,8 +162,13 @@ def products(
     if FORM == "halves":  # gate and up of an output are neighbours here
         tile = tile // 2 + tile % 2 * outputs
     rows = tl.minimum(tile, matrix_rows - 1)
-    x = x + vector * cols
-    if BITS == 16:
+    x = x + vector * width
+    if HALVES:
+        y = tiles.times(
+            record + offset, rows, x, members, scale_codes, zero_codes, row_params, groups, chunks,
+            BITS, GROUP, BM, BN, ASM,
+        )  # fmt: skip
+    elif BITS == 16:
         y = times_raw(record + offset, rows, x, members, cols, IS_FLOAT16, BM, BN, 16 * UNITS)
     else:
         y = times(
@@ -178,5 +184,9 @@ def products(
         gate, up = tl.split(tl.reshape(y, [BM, COUNT, 2]))
         y = gates.gated(gate, up, FUNCTION, ALPHA, LIMIT, PLUS)
     column = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-    here = out + pair.to(tl.int64)[:, None] * outputs + column[None, :]
+    place = column
+    if OUT_BITS:
+        place = tiles.place(column, OUT_BITS)
+        y = halves.narrowed(y)
+    here = out + pair.to(tl.int64)[:, None] * out_width + place[None, :]
     tl.store(here, y, mask=members[:, None] & (column < outputs)[None, :])

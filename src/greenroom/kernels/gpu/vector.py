@@ -10,7 +10,7 @@ arranged as the warp reads them (`bits.place`), serve all of its rows.
 import triton
 import triton.language as tl
 
-from greenroom.kernels.gpu import bits, gates, halves
+from greenroom.kernels.gpu import bits, gates, halves, tiles
 
 
 @triton.jit
@@ -134,15 +134,18 @@ def arranged(vector, column, y, BITS: tl.constexpr):
 
 
 @triton.jit
-def arrange(x, out, cols, width, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Vectors x [n, cols] as out [n, width], as `products` reads them; 0 where no column is.
+def arrange(x, out, cols, width, BITS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """Vectors x [n, cols] as out [n, width], as `products` here or (TILES) of `matrix` reads them; 0 elsewhere.
 
     Grid: (n, blocks of columns).
     """
     vector = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + vector * cols + column, mask=column < cols, other=0.0).to(tl.float32)
-    place, value = arranged(out + vector * width, column, value, BITS)
+    if TILES:
+        place, value = out + vector * width + tiles.place(column, BITS), halves.narrowed(value)
+    else:
+        place, value = arranged(out + vector * width, column, value, BITS)
     tl.store(place, value, mask=column < width)
 
 
