@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ class Graph:
     """Ends where it is told to."""
 
     def __init__(self) -> None:
-        self.begun = self.ended = 0
+        self.begun = self.ended = self.replayed = 0
         self.fails: dict[str, BaseException] = {}
 
     def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
@@ -24,10 +25,26 @@ class Graph:
         if "begin" in self.fails:
             raise self.fails["begin"]
 
+    def replay(self) -> None:
+        self.replayed += 1
+
     def capture_end(self) -> None:
         self.ended += 1
         if "end" in self.fails:
             raise self.fails["end"]
+
+
+class Happening:
+    """An event that notes when it is recorded and waited for."""
+
+    def __init__(self) -> None:
+        self.noted: list[str] = []
+
+    def record(self) -> None:
+        self.noted.append("record")
+
+    def synchronize(self) -> None:
+        self.noted.append("wait")
 
 
 class Runtime:
@@ -35,7 +52,7 @@ class Runtime:
 
     def __init__(self, most: int = 1 << 30) -> None:
         self.most, self.registered, self.latched = most, set[int](), 0
-        self.graph = Graph()
+        self.graph, self.happening = Graph(), Happening()
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
         if address in self.registered or len(self.registered) == self.most:
@@ -57,9 +74,10 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
         get_device_capability=lambda place: (7, 5), Stream=lambda place: stream, cudart=lambda: made,
         synchronize=lambda place: None, stream=lambda stream: contextlib.nullcontext(),
         current_stream=lambda place: stream, graph_pool_handle=lambda: (0, 1), CUDAGraph=lambda: made.graph,
-        get_sync_debug_mode=lambda: 0, set_sync_debug_mode=lambda mode: None,
+        get_sync_debug_mode=lambda: 0, set_sync_debug_mode=lambda mode: None, Event=lambda: made.happening,
     )  # fmt: skip
     monkeypatch.setattr(room, "cuda", stand_in)
+    monkeypatch.setattr(room, "_pinned", lambda like: torch.zeros_like(like))
 
     def allocate(device: CudaDevice, nbytes: int) -> Any:
         """Memory whose first kernel asks for errors."""
@@ -125,3 +143,15 @@ def test_what_is_captured_stays_where_it_was_first(runtime: Runtime) -> None:
     made = [torch.ones(1), torch.full((1,), 2.0)]
     captured = CudaDevice(0).capture(lambda: (made[0] if runtime.graph.begun == 0 else made[1], "other"))
     assert captured.result[0] is made[0] and made[0] == 2 and captured.result[1] == "other"
+
+
+def test_what_is_told_is_copied_last_and_held_until_it_is_there(runtime: Runtime) -> None:
+    made = [torch.ones(1), torch.full((1,), 2.0)]
+    captured = CudaDevice(0).capture(lambda: made[runtime.graph.begun], told=lambda result: [result])
+    assert captured.back[0] == 2, "the graph copies what it has just computed"
+    event = captured.replay()
+    assert runtime.graph.replayed == 1 and event.end is runtime.happening
+    memory = weakref.ref(captured.back[0])
+    del captured, event
+    gc.collect()
+    assert runtime.happening.noted == ["record", "wait"] and memory() is None

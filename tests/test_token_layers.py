@@ -187,6 +187,18 @@ def test_memory_that_moves_is_noticed() -> None:
         captured.replay()
 
 
+def test_what_a_replay_tells_is_there_when_its_event_has_come() -> None:
+    device, tensor = FakeDevice(), torch.ones(2)
+    captured = device.capture(lambda: [tensor * 2], told=lambda result: result)
+    for number in range(2):
+        tensor.fill_(number)
+        event = captured.replay()
+        assert captured.back[0].tolist() == [-1, -1]
+        tensor.fill_(9)  # later than the copy
+        device.synchronise(event)
+        assert captured.back[0].tolist() == [2 * number, 2 * number]
+
+
 def test_captured_is_not_computed() -> None:
     captured = FakeDevice().capture(lambda: torch.ones(2) + 1)
     assert captured.result.tolist() != [2, 2]

@@ -92,6 +92,20 @@ class SentCall:
     event: Event
 
 
+def told_by(calls: "Sequence[AheadCall]") -> "list[torch.Tensor]":
+    """What calls tell the host."""
+    return [call.told for call in calls] + [call.shares for call in calls if call.shares is not None]
+
+
+def sent_calls(calls: "Sequence[AheadCall]", back: "Sequence[torch.Tensor]", event: Event) -> "list[SentCall]":
+    """Calls whose `told_by` is on its way to `back`."""
+    rest = iter(back[len(calls) :])
+    return [
+        SentCall(call, told, None if call.shares is None else next(rest), event)
+        for call, told in zip(calls, back, strict=False)
+    ]
+
+
 class DeviceRunner(ExpertRunner):
     """An `ExpertRunner` whose arena and transfer are a device's; hidden states come and go on the device.
 
@@ -154,15 +168,7 @@ class DeviceRunner(ExpertRunner):
 
     def send(self, calls: "Sequence[AheadCall]") -> "list[SentCall]":
         """Let the device tell what calls that are now launched found."""
-        if not calls:
-            return []
-        shares = [call.shares for call in calls if call.shares is not None]
-        back, event = self._device.send_back(*(call.told for call in calls), *shares)
-        rest = iter(back[len(calls) :])
-        return [
-            SentCall(call, told, None if call.shares is None else next(rest), event)
-            for call, told in zip(calls, back, strict=False)
-        ]
+        return sent_calls(calls, *self._device.send_back(*told_by(calls))) if calls else []
 
     def settle(self, sent: SentCall) -> bool:
         """Whether a call that was launched ahead found all its experts where the cache has them; it is then counted as

@@ -154,7 +154,7 @@ class LayerSteps:
             replayed = way.replay()
             if replayed is not None:
                 self.replayed += 1
-                return _Launched(way, replayed[0], self._runner.send(replayed[1]))
+                return _Launched(way, *replayed)
         with self._runner.going(ahead) as calls:
             out = way()
         return _Launched(way, out, self._runner.send(calls))

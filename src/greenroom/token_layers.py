@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from greenroom.device import Captured, CaptureError, Device
-from greenroom.device_runner import AheadCall, DeviceRunner
+from greenroom.device_runner import AheadCall, DeviceRunner, SentCall, sent_calls, told_by
 from greenroom.static_kv import NotServedError, StaticKV, StaticLayer, adopt, lasting, unfit
 
 Arguments = dict[str, Any]
@@ -160,7 +160,7 @@ class TokenLayer:
             self.reason = str(error)
             raise
 
-    def replay(self, args: "tuple[Any, ...]", kwargs: Arguments) -> "tuple[Any, list[AheadCall]] | None":
+    def replay(self, args: "tuple[Any, ...]", kwargs: Arguments) -> "tuple[Any, list[SentCall]] | None":
         """The same as a graph, launched ahead; None where it cannot be one."""
         if self.eager or self.watched():
             return None
@@ -179,11 +179,12 @@ class TokenLayer:
                 return None
         for fixed, tensor in zip(self._graph.inputs, tensors, strict=True):
             fixed.take(tensor)
-        self._graph.captured.replay()
-        out, calls = self._graph.captured.result
+        captured = self._graph.captured
+        event = captured.replay()
+        out, calls = captured.result
         # it was written past torch: a layer that copies it to memory of its own has to see that it is new
         torch.autograd.graph.increment_version(_hidden(out))
-        return out, calls
+        return out, sent_calls(calls, captured.back, event)
 
     def _capture(self, leaves: "list[Any]", tree: Any, key: "tuple[Any, ...]") -> _Graph:
         inputs = []
@@ -198,7 +199,7 @@ class TokenLayer:
             with self._runner.going(True) as calls:
                 return self.run(args, kwargs), calls
 
-        captured = self._device.capture(launch)
+        captured = self._device.capture(launch, lambda result: told_by(result[1]))
         self._inputs.keep(_hidden(captured.result[0]))
         return _Graph(captured, inputs, key)
 
@@ -230,7 +231,7 @@ class Token:
         """The layer's own code. Raises NotServedError where that wants more; then nothing has happened."""
         return self._through.run(self._args, self._seen())
 
-    def replay(self) -> "tuple[Any, list[AheadCall]] | None":
+    def replay(self) -> "tuple[Any, list[SentCall]] | None":
         """What the layer gives, and its calls for experts, all launched ahead; None where that is not to be had."""
         return self._through.replay(self._args, self._seen())
 

@@ -26,14 +26,19 @@ class CudaEvent:
 
 
 class CudaCaptured:
-    """A CUDA graph and what its function gave."""
+    """A CUDA graph, what its function gave, and the pinned memory to which it copies what it tells the host."""
 
-    def __init__(self, graph: Any, result: Any) -> None:
-        self.result, self._graph = result, graph
+    def __init__(self, graph: Any, result: Any, back: "list[torch.Tensor]") -> None:
+        self.result, self.back, self._graph = result, back, graph
+        self._event = CudaEvent(cuda.Event())
+        # torch knows of no replay that still writes there
+        weakref.finalize(self, _wait_and_drop, self._event.end, back).atexit = False
 
-    def replay(self) -> None:
+    def replay(self) -> CudaEvent:
         """On the current stream."""
         self._graph.replay()
+        self._event.end.record()
+        return self._event
 
 
 def find_gpu() -> "CudaDevice":
@@ -143,7 +148,7 @@ class CudaDevice:
 
     def send_back(self, *tensors: torch.Tensor) -> "tuple[list[torch.Tensor], CudaEvent]":
         """On the current stream, into pinned memory."""
-        found = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in tensors]
+        found = [_pinned(one) for one in tensors]
         for target, source in zip(found, tensors, strict=True):
             target.copy_(source, non_blocking=True)
         return found, self.mark()
@@ -158,7 +163,9 @@ class CudaDevice:
         """Kernels queue themselves."""
         return kernel(*arguments)
 
-    def capture(self, function: "Callable[[], Any]") -> CudaCaptured:
+    def capture(
+        self, function: "Callable[[], T]", told: "Callable[[T], Sequence[torch.Tensor]]" = lambda result: ()
+    ) -> CudaCaptured:
         """As a CUDA graph; all share a pool of memory, in which nothing outlasts a replay.
 
         The function is called twice: first to compile its kernels, to make memory for what it gives outside of the
@@ -166,6 +173,7 @@ class CudaDevice:
         """
         with _nothing_waits():
             result = function()
+        back = [_pinned(one) for one in told(result)]
         if not self._graphs:
             self._pool = cuda.graph_pool_handle()
         self._capturing = self._capturing or cuda.Stream(self.place)
@@ -173,22 +181,33 @@ class CudaDevice:
         self._capturing.wait_stream(cuda.current_stream(self.place))
         with cuda.stream(self._capturing), _nothing_collected():
             try:
-                self._record(graph, function, result)
+                self._record(graph, lambda: (made := function(), told(made)), result, back)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 raise CaptureError(_first_line(error)) from error
         cuda.current_stream(self.place).wait_stream(self._capturing)
-        captured = CudaCaptured(graph, result)
+        captured = CudaCaptured(graph, result, back)
         self._graphs.add(captured)
         return captured
 
-    def _record(self, graph: Any, function: "Callable[[], Any]", result: Any) -> None:
-        """Capture the function on the current stream, its results into those that it gave before."""
+    def _record(
+        self,
+        graph: Any,
+        function: "Callable[[], tuple[Any, Sequence[torch.Tensor]]]",
+        result: Any,
+        back: "list[torch.Tensor]",
+    ) -> None:
+        """Capture the function on the current stream: its results into those that it gave before, what it tells to
+        `back`."""
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
-            for kept, made in zip(tensors(result), tensors(function()), strict=True):
-                kept.copy_(made)
+            found, told = function()
+            for target, source in zip(back, told, strict=True):
+                target.copy_(source, non_blocking=True)
+            for kept, made in zip(tensors(result), tensors(found), strict=True):
+                if not any(made is one for one in told):
+                    kept.copy_(made)
         except BaseException:
             with contextlib.suppress(RuntimeError):
                 graph.capture_end()
@@ -216,6 +235,15 @@ def _unpin(place: torch.device, pinned: "dict[int, torch.Tensor]") -> None:
         address, memory = pinned.popitem()  # which is held until it is unregistered
         runtime.cudaHostUnregister(address)
         del memory
+
+
+def _pinned(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+def _wait_and_drop(event: Any, memory: "list[torch.Tensor]") -> None:
+    event.synchronize()
+    memory.clear()
 
 
 @contextlib.contextmanager

@@ -41,14 +41,19 @@ class FakeEvent:
 class FakeCaptured:
     """Repeats a function by calling it, puts what it gives where it was first given, and holds it to what was noted."""
 
-    def __init__(self, device: "FakeDevice", function: "Callable[[], Any]") -> None:
+    def __init__(
+        self, device: "FakeDevice", function: "Callable[[], Any]", told: "Callable[[Any], Sequence[torch.Tensor]]"
+    ) -> None:
         self._device, self._function = device, function
         self._noted, self.result = self._call()
+        self._told = list(told(self.result))
+        with torch.inference_mode(False):  # it is written when somebody waits, in whatever mode
+            self.back = [torch.empty(one.shape, dtype=one.dtype) for one in self._told]
         for leaf in tensors(self.result):
             if leaf.untyped_storage().data_ptr() not in self._noted.outside:
                 leaf.fill_(-7)  # captured is not computed
 
-    def replay(self) -> None:
+    def replay(self) -> FakeEvent:
         """Call it again. Raises AssertionError where anything but values differs. Like a graph's kernels, it writes
         past torch, whose count of a tensor's versions stays."""
         noted, result = self._call()
@@ -60,6 +65,7 @@ class FakeCaptured:
         with torch.autograd.grad_mode._unsafe_preserve_version_counter(versions):
             for found, target in zip(tensors(result), targets, strict=True):
                 target.copy_(found)
+        return self._device.copy_back(self.back, self._told)
 
     def _call(self) -> "tuple[Rules, Any]":
         with self._device.ruled() as rules:
@@ -158,11 +164,16 @@ class FakeDevice:
 
     def send_back(self, *tensors: torch.Tensor) -> "tuple[list[torch.Tensor], FakeEvent]":
         """There when what is being computed is; before somebody has waited for that they hold anything."""
+        found = [torch.empty_like(tensor) for tensor in tensors]
+        return found, self.copy_back(found, tensors)
+
+    def copy_back(self, targets: "Sequence[torch.Tensor]", sources: "Sequence[torch.Tensor]") -> FakeEvent:
+        """The same, to memory that is there."""
         queue: deque[FakeEvent] = deque()
-        found = [torch.full_like(tensor, -1) for tensor in tensors]
-        for target, source in zip(found, tensors, strict=True):
+        for target, source in zip(targets, sources, strict=True):
+            target.fill_(-1)
             queue.append(FakeEvent(self.compute_s, self.compute_s, queue, (target, source.clone())))
-        return found, queue[-1] if queue else self.mark()
+        return queue[-1] if queue else self.mark()
 
     def fetch(self, *tensors: torch.Tensor) -> "list[torch.Tensor]":
         """The host waits for what is being computed."""
@@ -184,9 +195,11 @@ class FakeDevice:
         finally:
             self._rules = None
 
-    def capture(self, function: "Callable[[], Any]") -> FakeCaptured:
+    def capture(
+        self, function: "Callable[[], T]", told: "Callable[[T], Sequence[torch.Tensor]]" = lambda result: ()
+    ) -> FakeCaptured:
         """Keeps the function, and what it did."""
-        return FakeCaptured(self, function)
+        return FakeCaptured(self, function, told)
 
     def memory(self) -> "tuple[int, int]":
         """All that is not allocated is free."""

@@ -25,11 +25,14 @@ class Captured(Protocol):
     """What a function queued on the device, to be queued again as a whole."""
 
     result: Any
-    """what the function gave; its tensors hold values after the first `replay`, and others after the next"""
+    """what the function gave; its tensors hold values after the first `replay`, and others after the next, but for
+    those that are sent back"""
+    back: "list[torch.Tensor]"
+    """on the host, what is sent back: it may be read from the event of a `replay` until the next one"""
 
-    def replay(self) -> None:
-        """Queue it once more: the same kernels on the same memory, whatever that holds by now. Tensors' `_version` does
-        not count what they write."""
+    def replay(self) -> Event:
+        """Queue it once more: the same kernels on the same memory, whatever that holds by now, then the copies to
+        `back`, which are done at the event. Tensors' `_version` does not count what they write."""
         ...
 
 
@@ -94,8 +97,11 @@ class Device(Protocol):
         """Call `kernel`, whose code is the device's own: it reads and writes tensors among its arguments there."""
         ...
 
-    def capture(self, function: "Callable[[], Any]") -> Captured:
-        """What `function` queues; it may be called more than once for that, and must not mind.
+    def capture(
+        self, function: "Callable[[], T]", told: "Callable[[T], Sequence[torch.Tensor]]" = lambda result: ()
+    ) -> Captured:
+        """What `function` queues; it may be called more than once for that, and must not mind. Each replay sends the
+        tensors back that `told` finds in the result.
 
         Raises CaptureError where it waits for the device, or sends or fetches values: its kernels have to be the same
         whatever tensors hold. All that lies outside and is read has to stay where it is as long as the answer is used.
