@@ -7,7 +7,6 @@ were moved in time.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -81,8 +80,7 @@ class AheadCall(NamedTuple):
     """x, index and weights, where there is an observer"""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SentCall:
+class SentCall(NamedTuple):
     """A call that has been launched ahead, and what it tells the host."""
 
     call: AheadCall

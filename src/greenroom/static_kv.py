@@ -48,16 +48,14 @@ class StaticKV:
         self._keys = self._values = torch.empty(0)
         self.slot = torch.empty(0, dtype=torch.int64)
         """int64 [1], on the device: where the next token goes"""
-
-    @property
-    def room(self) -> int:
-        """Positions there is room for."""
-        return self._keys.shape[2] if self._keys.ndim == 4 else 0
+        self.room = 0
+        """positions there is room for"""
+        self._address = (0, 0)
 
     @property
     def address(self) -> "tuple[int, ...]":
         """Where all of it lies, and how much."""
-        return self.room, self._keys.data_ptr(), self._values.data_ptr(), self.slot.data_ptr()
+        return self.room, *self._address, self.slot.data_ptr()
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, number: int, *_: Any, **__: Any
@@ -85,6 +83,7 @@ class StaticKV:
         assert keys is not None and values is not None
         length = layer.get_seq_length()
         self._keys, self._values = _of_room(self._keys, keys, room), _of_room(self._values, values, room)
+        self.room, self._address = room, (self._keys.data_ptr(), self._values.data_ptr())
         places = _places(length, keys.shape[2], room, keys.device)
         self._keys.index_copy_(2, places, keys)
         self._values.index_copy_(2, places, values)

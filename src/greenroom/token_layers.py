@@ -6,17 +6,20 @@ layer's modules, the others are replays. The layer's own code runs either way, o
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, tree_flatten, tree_map_only
 
 from greenroom.device import Captured, CaptureError, Device
 from greenroom.device_runner import AheadCall, DeviceRunner, SentCall, sent_calls, told_by
 from greenroom.static_kv import NotServedError, StaticKV, StaticLayer, adopt, lasting, unfit
 
 Arguments = dict[str, Any]
+_PLAIN = (bool, int, float, str, tuple, TreeSpec)
+"""What is compared by value among a layer's arguments."""
 
 
 class _Fixed:
@@ -27,11 +30,19 @@ class _Fixed:
 
     def take(self, tensor: torch.Tensor) -> None:
         """Hold what `tensor` holds."""
+        if tensor is self.memory:
+            return
         version = -1 if tensor.is_inference() else tensor._version
-        if tensor is self.memory or (tensor is self.source and version == self._version >= 0):
+        if tensor is self.source and version == self._version >= 0:
             return
         self.memory.copy_(tensor)
         self.source, self._version = tensor, version
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether it can be copied there."""
+        if tensor is self.source or tensor is self.memory:
+            return True
+        return tensor.shape == self.memory.shape and tensor.dtype == self.memory.dtype
 
 
 class Inputs:
@@ -40,14 +51,15 @@ class Inputs:
     def __init__(self) -> None:
         self._all: list[_Fixed] = []
 
-    def place(self, tensor: torch.Tensor) -> _Fixed:
-        """Where to put a tensor: where another layer put it, else somewhere new."""
-        for fixed in self._all:
-            if tensor is fixed.memory or tensor is fixed.source:
-                return fixed
-        with lasting():
-            self._all.append(_Fixed(torch.empty_like(tensor)))
-        return self._all[-1]
+    def hold(self, tensor: torch.Tensor) -> _Fixed:
+        """What holds the same as a tensor: where another layer put it, else somewhere new."""
+        fixed = next((one for one in self._all if tensor is one.memory or tensor is one.source), None)
+        if fixed is None:
+            with lasting():
+                fixed = _Fixed(torch.empty_like(tensor))
+            self._all.append(fixed)
+        fixed.take(tensor)
+        return fixed
 
     def keep(self, tensor: torch.Tensor) -> None:
         """A tensor that stays where it is."""
@@ -107,17 +119,53 @@ class Sights:
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Graph:
     captured: Captured
-    inputs: "list[_Fixed]"
-    key: "tuple[Any, ...]"
+    state: "tuple[Any, ...]"
+    names: "tuple[Any, ...]"
+    """how many arguments have none, and those of the others"""
+    leaves: "list[Any]"
+    """of the arguments, each tensor's as the memory that it is copied to"""
+
+    def take(self, args: "tuple[Any, ...]", kwargs: Arguments) -> bool:
+        """Copy the arguments' tensors to where they are read; False where they are others than were captured."""
+        leaves = _leaves((*args, *kwargs.values()))
+        if len(leaves) != len(self.leaves) or (len(args), *kwargs) != self.names:
+            return False
+        for leaf, known in zip(leaves, self.leaves, strict=True):
+            if isinstance(known, _Fixed):
+                if not isinstance(leaf, torch.Tensor) or not known.fits(leaf):
+                    return False
+                known.take(leaf)
+            elif leaf is not known and not (isinstance(leaf, _PLAIN) and leaf == known):
+                return False
+        return True
+
+
+def _leaves(values: "Iterable[Any]") -> "list[Any]":
+    """Arguments one by one, what they are held in before them: most are no more than a tensor, for which a general
+    walk would take longer than all else that is done to repeat a layer."""
+    found: list[Any] = []
+    for value in values:
+        kind = type(value)
+        if kind is tuple:
+            found.append((len(value),))
+            found += _leaves(value)
+        elif kind in SUPPORTED_NODES or isinstance(value, tuple):
+            leaves, tree = tree_flatten(value)
+            found.append(tree)
+            found += leaves
+        else:
+            found.append(value)
+    return found
 
 
 class TokenLayer:
     """One layer. `reason` says why it is not served this way, `eager` why it is not captured; empty while it is."""
 
     def __init__(self, layer: nn.Module, device: Device, runner: DeviceRunner, inputs: Inputs, sights: Sights) -> None:
-        self._forward, self._modules = layer.forward, list(layer.modules())
+        self._forward, modules = layer.forward, list(layer.modules())
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._device, self._runner, self._inputs, self._sights = device, runner, inputs, sights
-        number: Any = next((module.layer_idx for module in self._modules if hasattr(module, "layer_idx")), None)
+        number: Any = next((module.layer_idx for module in modules if hasattr(module, "layer_idx")), None)
         self._kv, self._number = StaticKV(-1 if number is None else number), number
         self._graph: _Graph | None = None
         self.reason = self.eager = ""
@@ -132,17 +180,18 @@ class TokenLayer:
             return None
         cache = kwargs.get("past_key_values")
         layer = adopt(cache, self._number)
-        self.eager = self.eager or unfit(cache, self._number)
-        if layer is None or not _fits(layer, kwargs.get("attention_mask")):
+        if layer is None:
+            self.eager = self.eager or unfit(cache, self._number)
+            return None
+        length = layer.get_seq_length()
+        if not _fits(length, layer.window, kwargs.get("attention_mask")):
             return None
         self._kv.hold(layer)
-        return Token(self, layer, layer.get_seq_length(), args, kwargs)
+        return Token(self, layer, length, args, kwargs)
 
     def watched(self) -> bool:
         """Whether somebody looks on: hooks of modules and observers of experts run on the host."""
-        return self._runner.observer is not None or any(
-            module._forward_hooks or module._forward_pre_hooks for module in self._modules
-        )
+        return self._runner.observer is not None or any(self._hooks)
 
     def see(self, window: "int | None", length: int, args: "tuple[Any, ...]", kwargs: Arguments) -> Arguments:
         """The layer's arguments after `length` tokens, with keys, values and mask in their places."""
@@ -164,21 +213,14 @@ class TokenLayer:
         """The same as a graph, launched ahead; None where it cannot be one."""
         if self.eager or self.watched():
             return None
-        leaves, tree = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        others = (leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))
-        numbers = [leaf if isinstance(leaf, _PLAIN) else id(leaf) for leaf in others]
-        shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
-        key = (tree, self._kv.address, torch.is_inference_mode_enabled(), *numbers, *shapes)
-        if self._graph is None or self._graph.key != key:
+        state = (torch.is_inference_mode_enabled(), *self._kv.address)
+        if self._graph is None or self._graph.state != state or not self._graph.take(args, kwargs):
             self._graph = None
             try:
-                self._graph = self._capture(leaves, tree, key)
+                self._graph = self._capture(args, kwargs, state)
             except CaptureError as error:
                 self.eager = str(error)
                 return None
-        for fixed, tensor in zip(self._graph.inputs, tensors, strict=True):
-            fixed.take(tensor)
         captured = self._graph.captured
         event = captured.replay()
         out, calls = captured.result
@@ -186,14 +228,12 @@ class TokenLayer:
         torch.autograd.graph.increment_version(_hidden(out))
         return out, sent_calls(calls, captured.back, event)
 
-    def _capture(self, leaves: "list[Any]", tree: Any, key: "tuple[Any, ...]") -> _Graph:
-        inputs = []
-        for number, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor):
-                inputs.append(self._inputs.place(leaf))
-                inputs[-1].take(leaf)
-                leaves[number] = inputs[-1].memory
-        args, kwargs = tree_unflatten(leaves, tree)
+    def _capture(self, args: "tuple[Any, ...]", kwargs: Arguments, state: "tuple[Any, ...]") -> _Graph:
+        places = [
+            self._inputs.hold(leaf) if isinstance(leaf, torch.Tensor) else leaf
+            for leaf in _leaves((*args, *kwargs.values()))
+        ]
+        args, kwargs = tree_map_only(torch.Tensor, lambda tensor: self._inputs.hold(tensor).memory, (args, kwargs))
 
         def launch() -> "tuple[Any, list[AheadCall]]":
             with self._runner.going(True) as calls:
@@ -201,13 +241,12 @@ class TokenLayer:
 
         captured = self._device.capture(launch, lambda result: told_by(result[1]))
         self._inputs.keep(_hidden(captured.result[0]))
-        return _Graph(captured, inputs, key)
+        return _Graph(captured, state, (len(args), *kwargs), places)
 
 
-_PLAIN = (bool, int, float, str, type(None))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Token:
     """One token's way through a layer, which may be gone again until `put`."""
 
@@ -249,10 +288,9 @@ def _hidden(out: Any) -> torch.Tensor:
     return found
 
 
-def _fits(layer: StaticLayer, mask: Any) -> bool:
-    """Whether a mask shows what the layer remembers, and the token."""
+def _fits(length: int, window: "int | None", mask: Any) -> bool:
+    """Whether a mask shows what a layer remembers after `length` tokens, and the token."""
     if mask is None:
         return True
-    length, window = layer.get_seq_length(), layer.window
     seen = length + 1 if window is None else min(length + 1, window)
     return isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[0] == 1 and mask.shape[2:] == (1, seen)
