@@ -176,11 +176,18 @@ def test_a_hit_in_one_step_is_an_access_in_all_its_steps(scenario):
     """Guesses may be queued, read or held meanwhile: what follows is the same."""
     capacities, staging, policy, requests, _ = scenario
     states = []
-    for at_once in (False, True):
+    for at_once in ("", "hit", "hit_at"):
         cache, seen = make(capacities, staging, policy), []
         for layer, experts, guesses in requests:
-            buffers = cache.hit(layer, experts, experts) if at_once else None
-            if buffers is None:
+            there = [cache.ready(layer, expert) for expert in experts]
+            if at_once == "hit_at":
+                before = dataclasses.astuple(cache.counters)
+                assert not cache.hit_at(layer, experts, [None, *there[1:]]), "it was read from elsewhere"
+                assert dataclasses.astuple(cache.counters) == before
+                found = cache.hit_at(layer, experts, there)
+            else:
+                found = at_once == "hit" and cache.hit(layer, experts, experts) == there
+            if not found:
                 cache.request(layer, experts)
                 waiting = list(experts)
                 while waiting:
@@ -200,7 +207,7 @@ def test_a_hit_in_one_step_is_an_access_in_all_its_steps(scenario):
                     cache.loaded(load.buffer)
             seen.append({(at, one) for at in range(LAYERS) for one in range(EXPERTS) if cache.holds(at, one)})
         states.append((seen, dataclasses.astuple(cache.counters)))
-    assert states[0] == states[1]
+    assert states[0] == states[1] == states[2]
 
 
 def test_late_guess_is_not_read_twice():

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from greenroom.buffers import sent
@@ -172,16 +173,14 @@ class DeviceRunner(ExpertRunner):
         """Whether a call that was launched ahead found all its experts where the cache has them; it is then counted as
         any other. If not, nothing has happened, and the call has to be made again."""
         self._device.synchronise(sent.event)
-        call = sent.call
-        index, slots = sent.told[:2, 0].tolist()
-        weights = sent.told[2, 0].view(torch.float32).tolist()
+        call, told = sent.call, sent.told.numpy()  # a few numbers, which tensors take longer to hand over
+        index, slots = told[:2, 0].tolist()
+        weights = told[2, 0].view(np.float32).tolist()
         shares = None if sent.shares is None else sent.shares[0].tolist()
         count = self._entries[call.layer].num_experts
-        found = sorted((weight, e, slot) for weight, e, slot in zip(weights, index, slots, strict=True) if e < count)
-        if any(slot < 0 or slot != self._cache.ready(call.layer, expert) for _, expert, slot in found):
-            return False
+        found = sorted([one for one in zip(weights, index, slots, strict=True) if one[1] < count])
         valued = [expert for _, expert, _ in found]
-        if self._cache.hit(call.layer, sorted(valued), valued, shares) is None:
+        if not self._cache.hit_at(call.layer, valued, [slot for _, _, slot in found], shares):
             return False
         if self.observer is not None and call.seen is not None:
             self.observer(call.layer, *call.seen, shares)

@@ -174,17 +174,43 @@ class ExpertCache:
     ) -> "list[int] | None":
         """The buffers of `experts` where all are there: a whole access in one step, from request to finish, with the
         same arguments. None where something is missing; then nothing has happened."""
-        group, held = self._group(layer), self._held
-        resident = self._resident[group]
-        needed = [(layer, expert) for expert in experts]
-        if not resident.issuperset(needed):
-            return None
-        if not all(key in held and held[key].ready for key in needed):
-            return None
-        self.counters.hits += len(needed)
+        buffers = self._found(layer, experts)
+        if buffers is not None:
+            self._use(layer, valued, probabilities)
+        return buffers
+
+    def hit_at(
+        self,
+        layer: int,
+        valued: Sequence[int],
+        buffers: Sequence[int],
+        probabilities: "Sequence[float] | None" = None,
+    ) -> bool:
+        """The same of an access that has already read each expert from its buffer; False where they are not all there
+        any more, or never were. Then nothing has happened."""
+        there = self._found(layer, valued) == buffers
+        if there:
+            self._use(layer, valued, probabilities)
+        return there
+
+    def _found(self, layer: int, experts: Sequence[int]) -> "list[int] | None":
+        """The buffers of experts that are resident and ready; None where one is not."""
+        resident, held, buffers = self._resident[self._group(layer)], self._held, []
+        for expert in experts:
+            key = (layer, expert)
+            found = held.get(key)
+            if found is None or not found.ready or key not in resident:
+                return None
+            buffers.append(found.buffer)
+        return buffers
+
+    def _use(self, layer: int, valued: Sequence[int], probabilities: "Sequence[float] | None") -> None:
+        """Account an access whose experts are all there."""
+        self.counters.hits += len(valued)
         if self._guessed or self._queue.guesses:
             self._drop_guesses(layer, keep=set())
-        buffers = [held[key].buffer for key in needed]
+        group = self._group(layer)
+        resident = self._resident[group]
         hints = Hints(layer, self._recent, probabilities)
         after = self._policies[group].update([(layer, expert) for expert in valued], hints)
         self._recent[layer] = valued
@@ -193,7 +219,6 @@ class ExpertCache:
             for key in resident - self._resident[group]:
                 self._discard(key)
         self._check()
-        return buffers
 
     def elsewhere(self, layer: int, expert: int) -> None:
         """An expert of the active request, whose load has not been issued, is computed without being loaded. It gets no
