@@ -52,8 +52,10 @@ class Timed:
         slots.prompt(x, arena, spans, rows, layout, activation, out)
         self._spend([slot for slot, _, _ in spans])
 
-    def combine(self, out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return slots.combine(out, places, weights)
+    def combine(
+        self, out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, own: bool = False
+    ) -> torch.Tensor:
+        return slots.combine(out, places, weights, own)
 
 
 class Engines:

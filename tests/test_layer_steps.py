@@ -196,4 +196,6 @@ def test_the_table_is_what_was_entered_last(events: "list[tuple[bool, int, int, 
             table.take_out(buffer)
     for layer in range(2):
         index = torch.tensor([[0, 1, 2, 3, 4]])
-        assert table.find(layer, index).tolist() == [[model.get((layer, expert), -1) for expert in range(5)]]
+        slots = torch.empty(index.shape, dtype=torch.int32)
+        table.find(layer, index, slots)
+        assert slots.tolist() == [[model.get((layer, expert), -1) for expert in range(5)]]

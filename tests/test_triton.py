@@ -17,6 +17,7 @@ from test_native import FORMATS, distance, layout, record, swiglu, vectors, weig
 pytest.importorskip("triton", reason="triton is not installed")
 
 from greenroom.kernels import device, products
+from greenroom.kernels import slots as reference_slots
 from greenroom.kernels.gpu import launch
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
@@ -223,6 +224,12 @@ def test_slots_and_turns_change_no_bit(
     device.pairs(x, arena, torch.where(late, slots, -1), its, kind, out)
     places = torch.arange(tokens * K, dtype=torch.int32, device=ON).view(tokens, K)
     assert torch.equal(device.combine(out.view(tokens * K, hidden), places, weights), whole)
+    assert torch.equal(device.combine(out.view(tokens * K, hidden), slots, weights, own=True), whole)
+    rows = torch.where(late.unsqueeze(-1), torch.nan, out).view(tokens * K, hidden)  # never computed
+    there = device.combine(rows, torch.where(late, -1, places), weights)
+    assert torch.equal(device.combine(rows, torch.where(late, -1, slots), weights, own=True), there)
+    wanted = reference_slots.combine(rows.cpu(), torch.where(late, -1, slots).cpu(), weights.cpu(), own=True)
+    assert distance(there.cpu(), wanted) < TOLERANCE and there.isfinite().all()
     wanted = (
         wanted_pairs(x.cpu(), arena.cpu(), slots.cpu(), its, Activation(gate=swiglu)) * weights.cpu().unsqueeze(-1)
     ).sum(1)

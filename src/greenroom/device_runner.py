@@ -74,7 +74,8 @@ class AheadCall(NamedTuple):
 
     layer: int
     told: torch.Tensor
-    """int32 [3, 1, k]: index, the slots that were used, and the bits of the weights in float32"""
+    """int32 [3, 1, k]: the slots that were used, first as kernels want them aligned, index, and the bits of the weights in
+    float32"""
     shares: "torch.Tensor | None"
     """[1, num_experts], the router's, where the cache is told of them"""
     seen: "tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None"
@@ -153,17 +154,22 @@ class DeviceRunner(ExpertRunner):
         """As `ExpertRunner`'s; ahead, experts that are not in the table are left out."""
         if self._ahead is None or len(x) > 1:
             return super().__call__(layer, module, x, top_k_index, top_k_weights)
-        entry, slots = self._entries[layer], self._table.find(layer, top_k_index)
+        entry, told = self._entries[layer], self._tell(layer, top_k_index, top_k_weights)
+        slots = told[0]
         out = torch.empty((*slots.shape, entry.tensors[1].rows), dtype=torch.float32, device=x.device)
         kernel, memory = self._slots_kernel, self._arena.memory
         self._device.launch(kernel.pairs, x, memory, slots, entry.tensors, activation_of(module), out)
-        places = torch.arange(slots.numel(), dtype=torch.int32, device=x.device).view(slots.shape)
-        places = torch.where(slots >= 0, places, -1)
-        bits = top_k_weights.to(torch.float32).view(torch.int32)
-        told = torch.stack((top_k_index.to(torch.int32), slots, bits))
         seen = None if self.observer is None else (x, top_k_index, top_k_weights)
         self._ahead.append(AheadCall(layer, told, self._shares(layer, x), seen))
-        return self._device.launch(kernel.combine, out.flatten(0, 1), places, top_k_weights).to(x.dtype)
+        return self._device.launch(kernel.combine, out.flatten(0, 1), slots, top_k_weights, True).to(x.dtype)
+
+    def _tell(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """What the host will be told, written by as few kernels as that takes: see `AheadCall.told`."""
+        told = torch.empty((3, *top_k_index.shape), dtype=torch.int32, device=top_k_index.device)
+        self._table.find(layer, top_k_index, told[0])
+        told[1].copy_(top_k_index)
+        told[2].view(torch.float32).copy_(top_k_weights)
+        return told
 
     def send(self, calls: "Sequence[AheadCall]") -> "list[SentCall]":
         """Let the device tell what calls that are now launched found."""
@@ -174,7 +180,7 @@ class DeviceRunner(ExpertRunner):
         any other. If not, nothing has happened, and the call has to be made again."""
         self._device.synchronise(sent.event)
         call, told = sent.call, sent.told.numpy()  # a few numbers, which tensors take longer to hand over
-        index, slots = told[:2, 0].tolist()
+        slots, index = told[:2, 0].tolist()
         weights = told[2, 0].view(np.float32).tolist()
         shares = None if sent.shares is None else sent.shares[0].tolist()
         count = self._entries[call.layer].num_experts

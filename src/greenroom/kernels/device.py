@@ -177,13 +177,14 @@ def prompt(
     _several(x, arena, launch.Tasks(table, rows, block), layout, kind, out)
 
 
-def combine(out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def combine(out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, own: bool = False) -> torch.Tensor:
     """float32 [T, H]: Σ_j weights[t, j] · out[places[t, j]], j ascending.
 
     out: float32 [P, H], as `prompt` left it (or `pairs`, viewed so). places: int32 [T, k]; −1 adds nothing. weights:
-    [T, k]. A caller who wants ascending order of expert sorts places and weights so.
+    [T, k]. A caller who wants ascending order of expert sorts places and weights so. own: out is as `pairs` left it, a
+    row for each pair, and `places` only says which to add: its slots do.
     """
-    return launch.weighted_sum(out, places, weights, own=False)
+    return launch.weighted_sum(out, places, weights, own)
 
 
 def linear(

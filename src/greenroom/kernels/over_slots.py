@@ -41,7 +41,9 @@ class SlotsKernel(Protocol):
         """The same for many tokens, of the experts in `spans`."""
         ...
 
-    def combine(self, out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def combine(
+        self, out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, own: bool = False
+    ) -> torch.Tensor:
         """The weighted sum of pairs."""
         ...
 
@@ -94,6 +96,8 @@ class Compiled:
         theirs = [span for span in spans if not device.multiplies(span[2], x.device)]
         products.prompt(x, arena, theirs, rows, layout, activation, out)
 
-    def combine(self, out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def combine(
+        self, out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, own: bool = False
+    ) -> torch.Tensor:
         """See `slots.combine`."""
-        return device.combine(out, places, weights)
+        return device.combine(out, places, weights, own)

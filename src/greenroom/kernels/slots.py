@@ -41,8 +41,13 @@ def prompt(
         out[start : start + count] = reference.experts(x, [task], layout, activation)[0].to(out.dtype)
 
 
-def combine(out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """float32 [T, H]: Σ_j weights[t, j] · out[places[t, j]], j ascending; −1 adds nothing."""
+def combine(out: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, own: bool = False) -> torch.Tensor:
+    """float32 [T, H]: Σ_j weights[t, j] · out[places[t, j]], j ascending; −1 adds nothing.
+
+    own: out [T · k, H] is as `pairs` left it, a row for each pair, and `places` only says which to add: its slots do.
+    """
+    if own:
+        places = torch.where(places >= 0, torch.arange(places.numel(), device=places.device).view(places.shape), -1)
     total = out.new_zeros((places.shape[0], out.shape[1]))
     for j in range(places.shape[1]):
         place = places[:, j].long()

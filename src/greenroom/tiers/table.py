@@ -36,6 +36,6 @@ class SlotTable:
         self._buffers.clear()
         self._slots.fill_(-1)
 
-    def find(self, layer: int, top_k_index: torch.Tensor) -> torch.Tensor:
-        """Slots int32 [T, k] of the experts top_k_index [T, k] of a layer."""
-        return self._slots[layer][top_k_index]
+    def find(self, layer: int, top_k_index: torch.Tensor, slots: torch.Tensor) -> None:
+        """`slots` int32 [T, k] become those of the experts top_k_index [T, k] of a layer."""
+        torch.ops.aten.index.Tensor_out(self._slots[layer], [top_k_index], out=slots)
