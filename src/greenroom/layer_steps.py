@@ -54,7 +54,7 @@ class LayerSteps:
         self._last_out: Any = None
         self._chained, self._passes_on = -1, False
         """of the layers of a token, those that got what the layer before gave; whether in the last token all did"""
-        self._steady = 0.0
+        self._steady, self._wanted = 0.0, False
         self.ahead: bool | None = None
         """whether layers are launched ahead; None decides by the share that found all their experts"""
         self.graphs = True
@@ -79,7 +79,7 @@ class LayerSteps:
         def step(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.get("hidden_states")
             if number == 0:
-                self._passes_on, self._chained, self._previous = self._chained == self._count - 1, 0, None
+                self._begin()
             else:
                 self._chained += hidden is _first(self._last_out)
             try:
@@ -95,6 +95,11 @@ class LayerSteps:
             return _Plain(lambda: forward(*args, **kwargs), kwargs.get("past_key_values"), cached)
 
         return step
+
+    def _begin(self) -> None:
+        """Another token, or a prompt, enters the first layer."""
+        self._passes_on, self._chained, self._previous = self._chained == self._count - 1, 0, None
+        self._wanted = self._steady > self._threshold() if self.ahead is None else self.ahead
 
     def _token(self, number: int, hidden: Any, args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> "Token | None":
         """The way of a single token, in less memory if there is none left for its keys and values."""
@@ -120,7 +125,7 @@ class LayerSteps:
             if number == self._count - 1:
                 self._settle(launched)
                 self._previous = None
-        elif _is_token(hidden):
+        elif isinstance(way, Token) or _is_token(hidden):
             self._steady += ((self._runner.metrics.misses == before) - self._steady) * _WEIGHT
         if isinstance(way, Token):
             way.put()
@@ -130,10 +135,9 @@ class LayerSteps:
         """Whether to launch without waiting: one token, and layers that hand on their outputs as they are."""
         if number > 0 and self._previous is None:
             return False  # a token goes one way as a whole
-        wanted = self._steady > self._threshold() if self.ahead is None else self.ahead
-        if not wanted or not way.whole or torch.is_grad_enabled():
+        if not self._wanted or not self._passes_on or not self._runner.may_go_ahead or torch.is_grad_enabled():
             return False
-        return self._passes_on and _is_token(hidden) and self._runner.may_go_ahead
+        return way.whole and (isinstance(way, Token) or _is_token(hidden))
 
     def _threshold(self) -> float:
         captured = self.graphs and not any(token.reason or token.eager for token in self._tokens)
@@ -191,7 +195,7 @@ class LayerSteps:
 
 
 def _is_token(hidden: Any) -> bool:
-    return torch.is_tensor(hidden) and hidden.shape[:-1] == (1, 1)
+    return isinstance(hidden, torch.Tensor) and hidden.shape[:-1] == (1, 1)
 
 
 def _first(out: Any) -> Any:
