@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from greenroom.buffers import sent
 from greenroom.cache import ExpertCache, Load
@@ -74,8 +75,8 @@ class AheadCall(NamedTuple):
 
     layer: int
     told: torch.Tensor
-    """int32 [3, 1, k]: the slots that were used, first as kernels want them aligned, index, and the bits of the weights in
-    float32"""
+    """int32 [3, 1, k]: the slots that were used (first, since kernels want them aligned), index, and the bits of the
+    weights in float32"""
     shares: "torch.Tensor | None"
     """[1, num_experts], the router's, where the cache is told of them"""
     seen: "tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None"
@@ -86,8 +87,9 @@ class SentCall(NamedTuple):
     """A call that has been launched ahead, and what it tells the host."""
 
     call: AheadCall
-    told: torch.Tensor
-    """on the host once `event` has come, as are `shares`"""
+    told: "NDArray[np.int32]"
+    """the call's, on the host once `event` has come, as are `shares`; numpy hands a few numbers over in a quarter of
+    torch's time"""
     shares: "torch.Tensor | None"
     event: Event
 
@@ -101,7 +103,7 @@ def sent_calls(calls: "Sequence[AheadCall]", back: "Sequence[torch.Tensor]", eve
     """Calls whose `told_by` is on its way to `back`."""
     rest = iter(back[len(calls) :])
     return [
-        SentCall(call, told, None if call.shares is None else next(rest), event)
+        SentCall(call, told.numpy(), None if call.shares is None else next(rest), event)
         for call, told in zip(calls, back, strict=False)
     ]
 
@@ -179,7 +181,7 @@ class DeviceRunner(ExpertRunner):
         """Whether a call that was launched ahead found all its experts where the cache has them; it is then counted as
         any other. If not, nothing has happened, and the call has to be made again."""
         self._device.synchronise(sent.event)
-        call, told = sent.call, sent.told.numpy()  # a few numbers, which tensors take longer to hand over
+        call, told = sent.call, sent.told
         slots, index = told[:2, 0].tolist()
         weights = told[2, 0].view(np.float32).tolist()
         shares = None if sent.shares is None else sent.shares[0].tolist()

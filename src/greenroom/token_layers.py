@@ -28,21 +28,20 @@ class _Fixed:
     def __init__(self, memory: torch.Tensor, source: "torch.Tensor | None" = None) -> None:
         self.memory, self.source, self._version = memory, source, -1
 
-    def take(self, tensor: torch.Tensor) -> None:
-        """Hold what `tensor` holds."""
-        if tensor is self.memory:
-            return
-        version = -1 if tensor.is_inference() else tensor._version
-        if tensor is self.source and version == self._version >= 0:
-            return
-        self.memory.copy_(tensor)
-        self.source, self._version = tensor, version
-
-    def fits(self, tensor: torch.Tensor) -> bool:
-        """Whether it can be copied there."""
-        if tensor is self.source or tensor is self.memory:
+    def take(self, value: Any) -> bool:
+        """Hold what a tensor holds; False where it is none, or of another shape."""
+        if value is self.memory:
             return True
-        return tensor.shape == self.memory.shape and tensor.dtype == self.memory.dtype
+        if not isinstance(value, torch.Tensor):
+            return False
+        version = -1 if value.is_inference() else value._version
+        if value is self.source and version == self._version >= 0:
+            return True
+        if value.shape != self.memory.shape or value.dtype != self.memory.dtype:
+            return False
+        self.memory.copy_(value)
+        self.source, self._version = value, version
+        return True
 
 
 class Inputs:
@@ -124,6 +123,8 @@ class _Graph:
     """how many arguments have none, and those of the others"""
     leaves: "list[Any]"
     """of the arguments, each tensor's as the memory that it is copied to"""
+    calls: "list[SentCall]"
+    """with the event of no replay"""
 
     def take(self, args: "tuple[Any, ...]", kwargs: Arguments) -> bool:
         """Copy the arguments' tensors to where they are read; False where they are others than were captured."""
@@ -131,11 +132,9 @@ class _Graph:
         if len(leaves) != len(self.leaves) or (len(args), *kwargs) != self.names:
             return False
         for leaf, known in zip(leaves, self.leaves, strict=True):
-            if isinstance(known, _Fixed):
-                if not isinstance(leaf, torch.Tensor) or not known.fits(leaf):
-                    return False
-                known.take(leaf)
-            elif leaf is not known and not (isinstance(leaf, _PLAIN) and leaf == known):
+            if leaf is known:
+                continue
+            if not (known.take(leaf) if isinstance(known, _Fixed) else isinstance(leaf, _PLAIN) and leaf == known):
                 return False
         return True
 
@@ -221,12 +220,11 @@ class TokenLayer:
             except CaptureError as error:
                 self.eager = str(error)
                 return None
-        captured = self._graph.captured
-        event = captured.replay()
-        out, calls = captured.result
+        event = self._graph.captured.replay()
+        out = self._graph.captured.result[0]
         # it was written past torch: a layer that copies it to memory of its own has to see that it is new
         torch.autograd.graph.increment_version(_hidden(out))
-        return out, sent_calls(calls, captured.back, event)
+        return out, [SentCall(call, told, shares, event) for call, told, shares, _ in self._graph.calls]
 
     def _capture(self, args: "tuple[Any, ...]", kwargs: Arguments, state: "tuple[Any, ...]") -> _Graph:
         places = [
@@ -241,7 +239,8 @@ class TokenLayer:
 
         captured = self._device.capture(launch, lambda result: told_by(result[1]))
         self._inputs.keep(_hidden(captured.result[0]))
-        return _Graph(captured, state, (len(args), *kwargs), places)
+        calls = sent_calls(captured.result[1], captured.back, None)
+        return _Graph(captured, state, (len(args), *kwargs), places, calls)
 
 
 
