@@ -243,8 +243,6 @@ class TokenLayer:
         return _Graph(captured, state, (len(args), *kwargs), places, calls)
 
 
-
-
 @dataclasses.dataclass(slots=True)
 class Token:
     """One token's way through a layer, which may be gone again until `put`."""
