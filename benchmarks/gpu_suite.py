@@ -192,12 +192,24 @@ def tier(box: Box) -> None:
         raise RuntimeError(error or "it wrote nothing")
 
 
+def profile(box: Box) -> None:
+    """Where the host's time goes in a token's layers, in a process of its own."""
+    if box.late("profile", 0.25):
+        return
+    if box.models is not None:
+        box.models.wait(["small"], 0.1 * box.left)
+    command = [sys.executable, "-m", "benchmarks.gpu_profile", "--models", str(box.folder)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=0.25 * box.left, check=True)
+    box.result["profile"] = done.stdout.splitlines()
+
+
 PARTS: list[Part] = [
     ("models", models),
     ("correctness", correctness),
     ("floors", floors),
     ("decode", decode),
     ("prompts", prompts),
+    ("profile", profile),
     ("tier", tier),
     ("sanitizer", sanitizer),
     ("peers", peers),

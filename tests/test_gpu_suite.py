@@ -119,6 +119,17 @@ def test_the_tier_is_measured_after_a_kernel_that_faulted(monkeypatch: pytest.Mo
     assert gpu_suite.run(made, [("tier", gpu_suite.tier)])["tier"] == {"failed": []} and "failed" not in made.result
 
 
+def test_the_profile_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: "list[str]", **options: Any) -> "subprocess.CompletedProcess[str]":
+        assert command[1:3] == ["-m", "benchmarks.gpu_profile"] and options["timeout"] < made.left
+        return subprocess.CompletedProcess(command, 0, "one\ntwo\n", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    made = box()
+    made.ends = made.seconds
+    assert gpu_suite.run(made, [("profile", gpu_suite.profile)])["profile"] == ["one", "two"]
+
+
 def _wrong(model: str) -> "dict[str, Any]":
     one = gpu_check.Checked(model=model, kernel="token 1", format="4-bit g64", dtype="float16", error=1.0)
     return dataclasses.asdict(one) | {"right": one.right}
