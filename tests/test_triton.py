@@ -162,7 +162,7 @@ def test_single_vectors_by_matrix_units_equal_the_reference(format: Format) -> N
         wanted = reference.linear(given.float(), packed, 13, 2100, format)
         matrix = RecordTensor(name="", rows=13, cols=2100, offset=0, format=format)
         found = torch.empty(1, 13, device=ON)
-        arranged, identity = launch.arranged(given.to(ON), matrix), launch.gate_of("identity")
+        arranged, identity = launch.arranged(given.to(ON), matrix), "identity"
         assert arranged.dtype == torch.float16
         launch.vectors(arranged, packed.to(ON), None, 1, matrix, None, identity, found, None)
         assert distance(found.cpu() / scale, wanted / scale) < ROUNDING[torch.float16]

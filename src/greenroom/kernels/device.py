@@ -191,16 +191,21 @@ def linear(
     x: torch.Tensor, packed: torch.Tensor, rows: int, cols: int, format: Format, bias: "torch.Tensor | None" = None
 ) -> torch.Tensor:
     """x [n, cols] times the packed [rows, cols] matrix, transposed: [n, rows] in x's dtype, plus `bias` [rows]."""
-    matrix = RecordTensor(name="", rows=rows, cols=cols, offset=0, format=format)
+    matrix = _alone(rows, cols, format)
     out = torch.empty((len(x), rows), dtype=x.dtype, device=x.device)
     if len(x) <= launch.FEW_TOKENS and launch.fits_vectors(matrix):
-        launch.vectors(launch.arranged(x, matrix), packed, None, 1, matrix, None, launch.gate_of("identity"), out, None)
+        launch.vectors(launch.arranged(x, matrix), packed, None, 1, matrix, None, "identity", out, None)
     else:
         block = launch.vectors_at_once(len(x), x.device)
         work = launch.Tasks(_blocks(len(x), block, x.device), None, block)
-        identity = launch.gate_of("identity")
-        launch.matrices(launch.tiled(x, matrix), packed, work, 1, matrix, None, identity, out, None, x.dtype)
+        launch.matrices(launch.tiled(x, matrix), packed, work, 1, matrix, None, "identity", out, None, x.dtype)
     return out if bias is None else out.add_(bias)
+
+
+@functools.lru_cache(maxsize=256)
+def _alone(rows: int, cols: int, format: Format) -> RecordTensor:
+    """A matrix that is a record of its own."""
+    return RecordTensor(name="", rows=rows, cols=cols, offset=0, format=format)
 
 
 @functools.lru_cache(maxsize=64)
@@ -242,10 +247,8 @@ def _apart(
     first, second, *biases = layout
     inner, outer = biases or (None, None)
     middle = launch.room(len(out), second, x.dtype, x.device)
-    launch.vectors(
-        launch.arranged(x, first), arena, slots, slots.shape[1], first, inner, launch.gate_of(kind), middle, second
-    )
-    launch.vectors(middle, arena, slots, 1, second, outer, launch.gate_of("identity"), out, None)
+    launch.vectors(launch.arranged(x, first), arena, slots, slots.shape[1], first, inner, kind, middle, second)
+    launch.vectors(middle, arena, slots, 1, second, outer, "identity", out, None)
 
 
 def _several(
@@ -261,6 +264,5 @@ def _several(
     inner, outer = biases or (None, None)
     middle = launch.between(len(out), second, x.dtype, x.device)
     shared = work.top_k if isinstance(work, launch.Sharing) else 0
-    gate, identity = launch.gate_of(kind), launch.gate_of("identity")
-    launch.matrices(launch.tiled(x, first), arena, work, shared, first, inner, gate, middle, second, x.dtype)
-    launch.matrices(middle, arena, work, 1, second, outer, identity, out, None, x.dtype)
+    launch.matrices(launch.tiled(x, first), arena, work, shared, first, inner, kind, middle, second, x.dtype)
+    launch.matrices(middle, arena, work, 1, second, outer, "identity", out, None, x.dtype)

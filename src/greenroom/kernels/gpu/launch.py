@@ -11,6 +11,7 @@ from greenroom.kernels.gpu import MOST_TOKENS
 from greenroom.kernels.gpu import matrix as _matrix
 from greenroom.kernels.gpu import pairs as _pairs
 from greenroom.kernels.gpu import vector as _vector
+from greenroom.kernels.gpu.bound import Bound
 from greenroom.packed import RecordTensor
 from greenroom.quant import Layout
 
@@ -28,6 +29,8 @@ UNITS = 2
 """Units of 16 columns that it dequantises at a time."""
 BLOCK = 256
 """Columns that one program of the small kernels handles."""
+LAUNCHES = 4096
+"""Of each kind that stay bound."""
 MOST_PROGRAMS = 65535
 """Of a grid's second dimension."""
 FUSED = {"enable_fp_fusion": True}
@@ -94,10 +97,8 @@ def in_halves(matrix: RecordTensor, dtype: torch.dtype, device: torch.device) ->
 
 def arranged(x: torch.Tensor, matrix: RecordTensor) -> torch.Tensor:
     """Vectors x [n, cols] as the vector kernel reads them: see `room`."""
-    bits = matrix.format.bits
     out = room(len(x), matrix, x.dtype, x.device)
-    grid = (len(x), triton.cdiv(out.shape[1], BLOCK))
-    _vector.arrange[grid](x.contiguous(), out, matrix.cols, out.shape[1], BITS=bits, TILES=False, BLOCK=BLOCK, **FUSED)
+    _arrangement(matrix, x.device, len(x), out.shape[1], x.dtype, out.dtype, False, BLOCK)(x.contiguous(), out)
     return out
 
 
@@ -106,11 +107,24 @@ def tiled(x: torch.Tensor, matrix: RecordTensor) -> torch.Tensor:
     if not in_halves(matrix, x.dtype, x.device):
         return multiplied(x)
     out = between(len(x), matrix, x.dtype, x.device)
-    grid = (len(x), triton.cdiv(out.shape[1], BLOCK))
-    _vector.arrange[grid](
-        x.contiguous(), out, matrix.cols, out.shape[1], BITS=matrix.format.bits, TILES=True, BLOCK=BLOCK, **FUSED
-    )
+    _arrangement(matrix, x.device, len(x), out.shape[1], x.dtype, out.dtype, True, BLOCK)(x.contiguous(), out)
     return out
+
+
+@functools.lru_cache(maxsize=LAUNCHES)
+def _arrangement(
+    matrix: RecordTensor,
+    device: torch.device,
+    count: int,
+    width: int,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    tiles: bool,
+    block: int,
+) -> Bound:
+    """For vectors [count, cols] of `dtype` into [count, width] of `out_dtype`."""
+    numbers = {"cols": matrix.cols, "width": width, "BITS": matrix.format.bits, "TILES": tiles, "BLOCK": block}
+    return Bound(_vector.arrange, (count, ceil(width, block)), ("x", "out"), numbers, **FUSED)
 
 
 def between(count: int, matrix: RecordTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -131,43 +145,67 @@ def vectors(
     per_vector: int,
     matrix: RecordTensor,
     bias: "RecordTensor | None",
-    gate: "dict[str, Any]",
+    kind: str,
     out: torch.Tensor,
     after: "RecordTensor | None",
 ) -> None:
-    """Arranged vectors x times each pair's matrix: out [pairs, …], arranged for the matrix `after` if there is one."""
-    outputs = matrix.rows if gate["FORM"] == "alone" else matrix.rows // 2
-    warps = len(out) * triton.cdiv(matrix.rows, ROWS)
-    halves = x.dtype == torch.float16
-    few_registers = matrix.format.bits != 3 or halves
-    rows = ROWS if warps >= _enough(x.device) and few_registers else ROWS // 2
-    if triton.cdiv(matrix.rows, rows) > MOST_PROGRAMS:  # a head of 262144 tokens
-        rows = ROWS
-    _vector.products[(len(out), triton.cdiv(matrix.rows, rows))](
-        x.view(torch.int32) if halves else x,
-        arena,
-        None if slots is None else slots.contiguous(),
-        out,
-        arena.stride(0) if slots is not None else 0,
-        matrix.offset,
-        bias.offset if bias else 0,
-        per_vector,
-        x.shape[1],
-        out.shape[1],
-        matrix.rows,
-        outputs,
-        **parts_of(matrix),
-        one=_ONE,
-        ROWS=rows,
-        HALVES=halves,
-        ASM=assembles(x.device),
-        BIAS=bias is not None,
-        BIAS_IS_FLOAT16=bias is not None and bias.format.dtype == "float16",
-        OUT_BITS=after.format.bits if after else 0,
-        **gate,
-        **FUSED,
-        num_warps=1,
+    """Arranged vectors x times each pair's matrix: out [pairs, …], arranged for the matrix `after` if there is one.
+
+    kind: what comes after the product, see `gate_of`.
+    """
+    record_nbytes = 0 if slots is None else arena.stride(0)
+    launch = _vectors(
+        matrix, bias, kind, after, x.device, x.dtype, x.shape[1], per_vector, record_nbytes, out.dtype, *out.shape, ROWS
     )
+    given = x.view(torch.int32) if x.dtype == torch.float16 else x
+    launch(given, arena, None if slots is None else slots.contiguous(), out)
+
+
+@functools.lru_cache(maxsize=LAUNCHES)
+def _vectors(
+    matrix: RecordTensor,
+    bias: "RecordTensor | None",
+    kind: str,
+    after: "RecordTensor | None",
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    per_vector: int,
+    record_nbytes: int,
+    out_dtype: torch.dtype,
+    pairs: int,
+    out_width: int,
+    most_rows: int,
+) -> Bound:
+    """For arranged vectors [n, width] of `dtype` into [pairs, out_width] of `out_dtype`; record_nbytes: 0 for a matrix
+    alone."""
+    halves, gate = dtype == torch.float16, gate_of(kind)
+    warps = pairs * ceil(matrix.rows, most_rows)
+    few_registers = matrix.format.bits != 3 or halves
+    rows = most_rows if warps >= _enough(device) and few_registers else most_rows // 2
+    if ceil(matrix.rows, rows) > MOST_PROGRAMS:  # a head of 262144 tokens
+        rows = most_rows
+    numbers = {
+        "record_nbytes": record_nbytes,
+        "offset": matrix.offset,
+        "bias": bias.offset if bias else 0,
+        "per_vector": per_vector,
+        "width": width,
+        "out_width": out_width,
+        "matrix_rows": matrix.rows,
+        "outputs": matrix.rows if gate["FORM"] == "alone" else matrix.rows // 2,
+        **parts_of(matrix),
+        "one": _ONE,
+        "ROWS": rows,
+        "HALVES": halves,
+        "ASM": assembles(device),
+        "BIAS": bias is not None,
+        "BIAS_IS_FLOAT16": bias is not None and bias.format.dtype == "float16",
+        "OUT_BITS": after.format.bits if after else 0,
+        **gate,
+    }
+    grid = (pairs, ceil(matrix.rows, rows))
+    return Bound(_vector.products, grid, ("x", "arena", "slots", "out"), numbers, num_warps=1, **FUSED)
 
 
 def matrices(
@@ -177,17 +215,17 @@ def matrices(
     per_vector: int,
     matrix: RecordTensor,
     bias: "RecordTensor | None",
-    gate: "dict[str, Any]",
+    kind: str,
     out: torch.Tensor,
     after: "RecordTensor | None",
     dtype: torch.dtype,
 ) -> None:
     """Vectors x, `tiled`, times each pair's matrix: out [pairs, outputs], or as the matrix `after` reads them if there
     is one; dtype: the activations'."""
-    halves = in_halves(matrix, dtype, x.device)
+    halves, gate = in_halves(matrix, dtype, x.device), gate_of(kind)
     arranges = after is not None and in_halves(after, dtype, x.device)
     outputs = matrix.rows if gate["FORM"] == "alone" else matrix.rows // 2
-    _matrix.products[(triton.cdiv(matrix.rows, COLUMNS), work.programs)](
+    _matrix.products[(ceil(matrix.rows, COLUMNS), work.programs)](
         x=x,
         arena=arena,
         out=out,
@@ -222,11 +260,24 @@ def weighted_sum(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor
     """
     tokens, top_k = places.shape
     out = torch.empty((tokens, rows.shape[1]), dtype=torch.float32, device=rows.device)
-    grid = (tokens, triton.cdiv(rows.shape[1], BLOCK))
-    _pairs.combine[grid](
-        rows, places.contiguous(), weights.contiguous(), out, rows.shape[1], K=top_k, OWN=own, BLOCK=BLOCK, **FUSED
-    )
+    launch = _sum(rows.device, tokens, top_k, rows.shape[1], own, weights.dtype, BLOCK)
+    launch(rows, places.contiguous(), weights.contiguous(), out)
     return out
+
+
+@functools.lru_cache(maxsize=LAUNCHES)
+def _sum(
+    device: torch.device, tokens: int, top_k: int, width: int, own: bool, weights: torch.dtype, block: int
+) -> Bound:
+    """For weights [tokens, top_k] of that dtype and rows of so many columns."""
+    numbers = {"width": width, "K": top_k, "OWN": own, "BLOCK": block}
+    tensors = ("rows", "places", "weights", "out")
+    return Bound(_pairs.combine, (tokens, ceil(width, block)), tensors, numbers, **FUSED)
+
+
+def ceil(count: int, size: int) -> int:
+    """Pieces of a size that hold so many."""
+    return -(-count // size)
 
 
 def multiplied(x: torch.Tensor) -> torch.Tensor:
