@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed")
+triton = pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("triton.backends.nvidia", reason="triton has no NVIDIA backend")
 
+KNOWN = "3.9"
+"""The Triton whose instructions are all known; another's may be others."""
 ROOT = Path(__file__).parent.parent
 CASES = ["float16:4:64:1064:9:1", "bfloat16:3:64:72:11:1", "float16:2:16:600:11:5", "bfloat16:3:64:72:11:40"]
 """Several turns of a loop; both dtypes; each default width; one token and several."""
@@ -32,6 +34,8 @@ def emulated(*arguments: str) -> "list[dict[str, Any]]":
         [sys.executable, "-W", "ignore", Path(__file__).with_name("emulated.py"), *arguments],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path},
     )  # fmt: skip
+    if "ptx.UnsupportedError" in done.stderr and not triton.__version__.startswith(KNOWN):
+        pytest.skip(f"triton {triton.__version__} makes instructions that {KNOWN} did not: add them to tests/ptx.py")
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
