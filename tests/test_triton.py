@@ -171,6 +171,15 @@ def test_single_vectors_by_matrix_units_equal_the_reference(format: Format) -> N
         assert distance(found.cpu() / scale, wanted / scale) > 10 * ROUNDING[torch.float16]
 
 
+def test_rows_of_nothing_give_nothing() -> None:
+    format, x = Format.of(4), vectors(1, 64).to(torch.float16)
+    packed = quantize(weight(5, 64), format)
+    for params in (0.0, 1e-39):
+        Layout(5, 64, format).view(packed, "row_params")[2, :2] = params
+        found = device.linear(x.to(ON), packed.to(ON), 5, 64, format)
+        assert (found == 0)[0].nonzero().flatten().tolist() == [2]
+
+
 def test_what_is_no_number_stays_so_in_float16() -> None:
     x, format = vectors(1, 64).to(torch.bfloat16), Format.of(4)
     x[0, 3] = float("nan")

@@ -7,7 +7,7 @@ and sum in float32.
 
 `mma.m16n8k16` wants rows and columns spread over a warp. Here each thread keeps what it has read, four columns of two
 rows, and hands in its own four activations: in the result, sums of four threads over their own columns lie on the
-diagonals, and what else is there is left alone. A seventh of the matrix units is used, and memory stays the floor.
+diagonals, and what else is there is left alone. An eighth of the matrix units' work is of use; memory stays the floor.
 """
 
 import triton
@@ -170,7 +170,7 @@ def row(pairs, rows):
     """Of each row: its largest scale; [n, 1] scale_min and scale_step as shares of it · 2^15, zero_min, zero_step."""
     scale_min, scale_step, zero_min, zero_step = bits.row_params(pairs, rows)
     largest = tl.maximum(tl.abs(scale_min), tl.abs(scale_min + 255.0 * scale_step))
-    share = 32768.0 / tl.where(largest > 0, largest, 1.0)
+    share = 32768.0 / tl.where(largest > 1e-30, largest, 1.0)  # less is nothing, and its inverse would be no number
     return largest, (scale_min * share)[:, None], (scale_step * share)[:, None], zero_min[:, None], zero_step[:, None]
 
 
