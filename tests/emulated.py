@@ -16,26 +16,16 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 from benchmarks import gpu_check
 from benchmarks.kernels import Model
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import ptx
 from greenroom.kernels.gpu import halves, launch, tiles
 from greenroom.quant import Format
+from launches import NoDriver
 
-TARGET = GPUTarget("cuda", 80, 32)
+DRIVER = NoDriver(80)
 PROGRAMS: "dict[tuple[Any, ...], ptx.Program]" = {}
-
-
-class NoDriver:
-    """Says what a driver is asked before a launch."""
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGET
-
-    def get_current_device(self) -> int:
-        return 0
 
 
 def launcher(kernel: Any, grid: "tuple[int, ...]") -> Any:
@@ -59,7 +49,7 @@ def launcher(kernel: Any, grid: "tuple[int, ...]") -> Any:
 
 def compiled(kernel: Any, options: Any, signature: Any, constexprs: Any, attrs: Any) -> ptx.Program:
     source = kernel.ASTSource(kernel, signature, constexprs, attrs)
-    made = kernel.compile(source, target=TARGET, options=options.__dict__)
+    made = kernel.compile(source, target=DRIVER.get_current_target(), options=options.__dict__)
     return ptx.parse(made.asm["ptx"], made.metadata.shared)
 
 
@@ -78,7 +68,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="+")
     parser.add_argument("--broken", action="store_true")
     options = parser.parse_args()
-    driver.set_active(NoDriver())
+    driver.set_active(DRIVER)
     JITFunction.__getitem__ = launcher
     launch.assembles = launch.has_matrix_units = lambda device: True
     if options.broken:

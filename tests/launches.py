@@ -22,10 +22,13 @@ bound: set[str] = set()
 
 
 class NoDriver:
-    """Says what a driver is asked before a launch."""
+    """Says what a driver is asked before a launch on a GPU of a compute capability."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self._target
 
     def get_current_device(self) -> int:
         return 0
@@ -46,7 +49,7 @@ def launcher(kernel: Any, grid: Any) -> Any:
 
 def main() -> None:
     """Launch all of them."""
-    driver.set_active(NoDriver())
+    driver.set_active(NoDriver(90))
     JITFunction.__getitem__ = launcher
     for format in (Format.of(3), Format.of(4), Format(bits=16, group_size=0, dtype="float16")):
         its = layout(Model("small", 256, 128, 2), format)

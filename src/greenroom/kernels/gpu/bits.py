@@ -20,6 +20,14 @@ def unit(chunk, lane: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def parts(column, LANES: tl.constexpr):
+    """Where a column's code lies below 16 bits: chunk, word, byte, lane."""
+    SPAN: tl.constexpr = 64 // LANES  # columns of a lane in a block
+    lane, within = column % 64 // SPAN, column % SPAN
+    return column // 64 * (4 // LANES) + within // 16, within % 16 // 4, within % 4, lane
+
+
+@triton.jit
 def place(column, BITS: tl.constexpr):
     """Where an arranged vector holds a column: in tiles of 32 chunks, a plane of 32 for every word, byte and lane."""
     LANES: tl.constexpr = 1 if BITS >= 8 else 4 if BITS == 3 else 8 // BITS  # codes of a byte
@@ -27,11 +35,31 @@ def place(column, BITS: tl.constexpr):
     if BITS == 16:
         chunk, word, part, lane = column // 8, column % 8 // 2, column % 2, 0
     else:
-        SPAN: tl.constexpr = 64 // LANES  # columns of a lane in a block
-        lane, within = column % 64 // SPAN, column % SPAN
-        chunk, word, part = column // 64 * (4 // LANES) + within // 16, within % 16 // 4, within % 4
+        chunk, word, part, lane = parts(column, LANES)
     plane = (word * PARTS + part) * LANES + lane
     return (chunk // TILE * (4 * PARTS * LANES) + plane) * TILE + chunk % TILE
+
+
+@triton.jit
+def four(words, start, first, chunks):
+    """Four words of each of a tile's chunks from `first` on, int32 [n, TILE]; rows begin at `start` [n, 1]."""
+    word = tl.arange(0, 4 * TILE)
+    here = (tl.minimum(first + word // 4, chunks - 1) * 4 + word % 4)[None, :]
+    even, odd = tl.split(tl.reshape(tl.load(words + start + here), [start.shape[0], TILE, 2, 2]))
+    word_0, word_2 = tl.split(even)
+    word_1, word_3 = tl.split(odd)
+    return word_0, word_1, word_2, word_3
+
+
+@triton.jit
+def six(words, start, first, chunks):
+    """The same of chunks of 24 bytes, of which pairs of words are what is aligned: the last two hold the high bits."""
+    two = tl.arange(0, 2 * TILE)
+    couple = words + start + (tl.minimum(first + two // 2, chunks - 1) * 6 + two % 2)[None, :]
+    word_0, word_1 = tl.split(tl.reshape(tl.load(couple), [start.shape[0], TILE, 2]))
+    word_2, word_3 = tl.split(tl.reshape(tl.load(couple + 2), [start.shape[0], TILE, 2]))
+    high_0, high_1 = tl.split(tl.reshape(tl.load(couple + 4), [start.shape[0], TILE, 2]))
+    return word_0, word_1, word_2, word_3, high_0, high_1
 
 
 @triton.jit

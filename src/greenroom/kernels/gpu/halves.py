@@ -60,9 +60,7 @@ def place(column, BITS: tl.constexpr):
     """Where an arranged vector of float16 holds a column: in tiles of 32 chunks, for every word, lane and odd or even
     byte a plane of 32 pairs."""
     LANES: tl.constexpr = 1 if BITS == 8 else 4 if BITS == 3 else 8 // BITS
-    SPAN: tl.constexpr = 64 // LANES  # columns of a lane in a block
-    lane, within = column % 64 // SPAN, column % SPAN
-    chunk, word, byte = column // 64 * (4 // LANES) + within // 16, within % 16 // 4, within % 4
+    chunk, word, byte, lane = bits.parts(column, LANES)
     plane = (word * LANES + lane) * 2 + byte % 2
     return ((chunk // bits.TILE * (8 * LANES) + plane) * bits.TILE + chunk % bits.TILE) * 2 + byte // 2
 
@@ -118,28 +116,6 @@ def _sums(c_0, c_1, c_2, c_3, ASM: tl.constexpr):
             _DIAGONAL, _DIAGONAL_TAKES, [c_0, c_1, c_2, c_3], (tl.float32, tl.float32), True, 1
         )
     return tl.sum(c_0, 1), tl.sum(c_2, 1)
-
-
-@triton.jit
-def _four(words, start, first, chunks):
-    """Four words of each chunk, int32 [n, TILE]."""
-    four = tl.arange(0, 4 * bits.TILE)
-    here = (tl.minimum(first + four // 4, chunks - 1) * 4 + four % 4)[None, :]
-    even, odd = tl.split(tl.reshape(tl.load(words + start + here), [start.shape[0], bits.TILE, 2, 2]))
-    word_0, word_2 = tl.split(even)
-    word_1, word_3 = tl.split(odd)
-    return word_0, word_1, word_2, word_3
-
-
-@triton.jit
-def _six(words, start, first, chunks):
-    """Six words of each chunk: pairs are what is aligned."""
-    two = tl.arange(0, 2 * bits.TILE)
-    couple = words + start + (tl.minimum(first + two // 2, chunks - 1) * 6 + two % 2)[None, :]
-    word_0, word_1 = tl.split(tl.reshape(tl.load(couple), [start.shape[0], bits.TILE, 2]))
-    word_2, word_3 = tl.split(tl.reshape(tl.load(couple + 2), [start.shape[0], bits.TILE, 2]))
-    high_0, high_1 = tl.split(tl.reshape(tl.load(couple + 4), [start.shape[0], bits.TILE, 2]))
-    return word_0, word_1, word_2, word_3, high_0, high_1
 
 
 @triton.jit
@@ -211,8 +187,16 @@ def group_codes(
 
 
 @triton.jit
-def _factors(scale, zero, at: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Scale · 2^(24 − at) and −scale · zero, pairs of float16; `scale` is · 2^24."""
+def _factors(
+    scales, zeros, of_row, scale_quads, zero_quads, scale_min, scale_step, zero_min, zero_step, chunk,
+    lane: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, QUADS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Scale · 2^(24 − at) and −scale · zero of a lane's groups, pairs of float16; scale_min and scale_step are those of
+    `row`."""
+    at: tl.constexpr = (2 if BITS == 3 else BITS) * lane
+    scale = scale_min + scale_step * group_codes(scales, of_row, scale_quads, chunk, lane, GROUP, LANES, QUADS, ASM)
+    zero = zero_min + zero_step * group_codes(zeros, of_row, zero_quads, chunk, lane, GROUP, LANES, QUADS, ASM)
     if BITS >= 4:
         scale = scale.to(tl.float16).to(tl.float32)  # so that what it loses is lost of code − zero, not of large codes
     return both(scale * (1.0 / (1 << at)), ASM), both(zero * (scale * (-1.0 / (1 << 24))), ASM)
@@ -229,7 +213,6 @@ def times(
 ):  # fmt: skip
     """float32 [HALF] twice: even and odd rows of the matrix times what was `narrowed` to x."""
     LANES: tl.constexpr = 1 if BITS == 8 else 4 if BITS == 3 else 8 // BITS
-    LOW: tl.constexpr = 2 if BITS == 3 else BITS
     WORDS: tl.constexpr = 6 if BITS == 3 else 4
     QUADS: tl.constexpr = GROUP == 16 and LANES == 4
     words = matrix.to(tl.pointer_type(tl.int32))
@@ -244,11 +227,11 @@ def times(
     for first in range(0, chunks, bits.TILE):
         chunk = tl.minimum(first + tl.arange(0, bits.TILE), chunks - 1)  # what is beyond meets zeros of x
         if BITS == 3:
-            even_w0, even_w1, even_w2, even_w3, even_h0, even_h1 = _six(words, even_start, first, chunks)
-            odd_w0, odd_w1, odd_w2, odd_w3, odd_h0, odd_h1 = _six(words, odd_start, first, chunks)
+            even_w0, even_w1, even_w2, even_w3, even_h0, even_h1 = bits.six(words, even_start, first, chunks)
+            odd_w0, odd_w1, odd_w2, odd_w3, odd_h0, odd_h1 = bits.six(words, odd_start, first, chunks)
         else:
-            even_w0, even_w1, even_w2, even_w3 = _four(words, even_start, first, chunks)
-            odd_w0, odd_w1, odd_w2, odd_w3 = _four(words, odd_start, first, chunks)
+            even_w0, even_w1, even_w2, even_w3 = bits.four(words, even_start, first, chunks)
+            odd_w0, odd_w1, odd_w2, odd_w3 = bits.four(words, odd_start, first, chunks)
             even_h0, even_h1, odd_h0, odd_h1 = even_w0, even_w0, odd_w0, odd_w0
         even_scales = _quads(scales, even_groups, chunk, QUADS, ASM)
         even_zeros = _quads(zeros, even_groups, chunk, QUADS, ASM)
@@ -257,18 +240,12 @@ def times(
         values = x + first * (8 * LANES) + tl.arange(0, bits.TILE)[None, :]
         for lane in tl.static_range(LANES):
             even_scale, even_offset = _factors(
-                even_min
-                + even_step * group_codes(scales, even_groups, even_scales, chunk, lane, GROUP, LANES, QUADS, ASM),
-                even_zero
-                + even_zero_step * group_codes(zeros, even_groups, even_zeros, chunk, lane, GROUP, LANES, QUADS, ASM),
-                LOW * lane, BITS, ASM,
+                scales, zeros, even_groups, even_scales, even_zeros, even_min, even_step, even_zero, even_zero_step,
+                chunk, lane, BITS, GROUP, LANES, QUADS, ASM,
             )  # fmt: skip
             odd_scale, odd_offset = _factors(
-                odd_min
-                + odd_step * group_codes(scales, odd_groups, odd_scales, chunk, lane, GROUP, LANES, QUADS, ASM),
-                odd_zero
-                + odd_zero_step * group_codes(zeros, odd_groups, odd_zeros, chunk, lane, GROUP, LANES, QUADS, ASM),
-                LOW * lane, BITS, ASM,
+                scales, zeros, odd_groups, odd_scales, odd_zeros, odd_min, odd_step, odd_zero, odd_zero_step,
+                chunk, lane, BITS, GROUP, LANES, QUADS, ASM,
             )  # fmt: skip
             even_high, odd_high = even_h0, odd_h0
             if BITS == 3:

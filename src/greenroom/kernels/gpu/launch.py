@@ -10,6 +10,7 @@ import triton
 from greenroom.kernels.gpu import MOST_TOKENS
 from greenroom.kernels.gpu import matrix as _matrix
 from greenroom.kernels.gpu import pairs as _pairs
+from greenroom.kernels.gpu import tiles as _tiles
 from greenroom.kernels.gpu import vector as _vector
 from greenroom.kernels.gpu.bound import Bound
 from greenroom.packed import RecordTensor
@@ -132,8 +133,8 @@ def between(count: int, matrix: RecordTensor, dtype: torch.dtype, device: torch.
     is."""
     if not in_halves(matrix, dtype, device):
         return multiplied(torch.empty((count, matrix.cols), dtype=dtype, device=device))
-    columns = 16 * 8 * {2: 4, 3: 4, 4: 2, 8: 1}[matrix.format.bits]  # of a tile's chunks
-    size = -(-matrix.cols // columns) * columns
+    columns = 16 * _tiles.CHUNKS.value * {2: 4, 3: 4, 4: 2, 8: 1}[matrix.format.bits]
+    size = ceil(matrix.cols, columns) * columns
     make = torch.empty if size == matrix.cols else torch.zeros
     return make((count, size), dtype=torch.float16, device=device)
 
@@ -223,7 +224,7 @@ def matrices(
     """Vectors x, `tiled`, times each pair's matrix: out [pairs, outputs], or as the matrix `after` reads them if there
     is one; dtype: the activations'."""
     halves, gate = in_halves(matrix, dtype, x.device), gate_of(kind)
-    arranges = after is not None and in_halves(after, dtype, x.device)
+    after = after if after is not None and in_halves(after, dtype, x.device) else None
     outputs = matrix.rows if gate["FORM"] == "alone" else matrix.rows // 2
     _matrix.products[(ceil(matrix.rows, COLUMNS), work.programs)](
         x=x,
@@ -243,7 +244,7 @@ def matrices(
         BIAS_IS_FLOAT16=bias is not None and bias.format.dtype == "float16",
         HALVES=halves,
         ASM=assembles(x.device),
-        OUT_BITS=after.format.bits if after is not None and arranges else 0,
+        OUT_BITS=after.format.bits if after else 0,
         BN=COLUMNS,
         UNITS=UNITS,
         **gate,
@@ -328,7 +329,7 @@ def parts_of(matrix: RecordTensor) -> "dict[str, Any]":
 def width(cols: int, bits: int) -> int:
     """Columns of an arranged vector: whole tiles of 32 chunks."""
     tile = 32 * {2: 64, 3: 64, 4: 32, 8: 16, 16: 8}[bits]
-    return -(-cols // tile) * tile
+    return ceil(cols, tile) * tile
 
 
 @functools.cache

@@ -8,11 +8,11 @@ columns that are multiplied at once, and vectors are arranged so (`place`).
 import triton
 import triton.language as tl
 
-from greenroom.kernels.gpu import halves
+from greenroom.kernels.gpu import bits, halves
 
 CHUNKS = tl.constexpr(8)
 """Of a row, read at once."""
-_WEIGHTS = tl.constexpr("""{
+_CODES = """
     .reg .b32 low, high;
     prmt.b32 low, $4, $5, 0x5410;
     prmt.b32 high, $4, $5, 0x7632;
@@ -22,23 +22,10 @@ _WEIGHTS = tl.constexpr("""{
     shr.u32 high, high, 8;
     and.b32 $1, low, $8;
     and.b32 $3, high, $8;
-    fma.rn.f16x2 $0, $0, $6, $7;
-    fma.rn.f16x2 $1, $1, $6, $7;
-    fma.rn.f16x2 $2, $2, $6, $7;
-    fma.rn.f16x2 $3, $3, $6, $7;
-}""")
-_TAKES = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r")
-_WEIGHTS_3 = tl.constexpr("""{
-    .reg .b32 low, high, top, one;
-    prmt.b32 low, $4, $5, 0x5410;
-    prmt.b32 high, $4, $5, 0x7632;
+"""
+_TOPS = """
+    .reg .b32 top, one;
     prmt.b32 top, $9, $10, 0x5410;
-    and.b32 $0, low, $8;
-    and.b32 $2, high, $8;
-    shr.u32 low, low, 8;
-    shr.u32 high, high, 8;
-    and.b32 $1, low, $8;
-    and.b32 $3, high, $8;
     and.b32 one, top, $11;
     or.b32 $0, $0, one;
     shr.u32 one, top, 1;
@@ -50,21 +37,24 @@ _WEIGHTS_3 = tl.constexpr("""{
     shr.u32 one, top, 3;
     and.b32 one, one, $11;
     or.b32 $3, $3, one;
+"""
+_SCALED = """
     fma.rn.f16x2 $0, $0, $6, $7;
     fma.rn.f16x2 $1, $1, $6, $7;
     fma.rn.f16x2 $2, $2, $6, $7;
     fma.rn.f16x2 $3, $3, $6, $7;
-}""")
-_TAKES_3 = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r")
+"""
+_WEIGHTS = tl.constexpr("{" + _CODES + _SCALED + "}")
+_TAKES = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r")
+_WEIGHTS_3 = tl.constexpr("{" + _CODES + _TOPS + _SCALED + "}")
+_TAKES_3 = tl.constexpr(_TAKES.value + ",r,r,r")
 
 
 @triton.jit
 def place(column, BITS: tl.constexpr):
     """Where an arranged vector holds a column: in tiles of CHUNKS chunks, for every byte and lane a plane of words."""
     LANES: tl.constexpr = 1 if BITS == 8 else 4 if BITS == 3 else 8 // BITS
-    SPAN: tl.constexpr = 64 // LANES  # columns of a lane in a block
-    lane, within = column % 64 // SPAN, column % SPAN
-    chunk, word, byte = column // 64 * (4 // LANES) + within // 16, within % 16 // 4, within % 4
+    chunk, word, byte, lane = bits.parts(column, LANES)
     if BITS == 3:
         word = word % 2 * 2 + word // 2  # as `_words` has them
     plane = byte * LANES + lane

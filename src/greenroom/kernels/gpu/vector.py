@@ -67,19 +67,10 @@ def times(
         of_row = (rows * groups)[:, None]
     for first in range(0, chunks, bits.TILE):
         chunk = tl.minimum(first + tl.arange(0, bits.TILE), chunks - 1)  # what is beyond meets zeros of x
-        if BITS == 3:  # 24 bytes: pairs are what is aligned
-            two = tl.arange(0, 2 * bits.TILE)
-            couple = words + start_of_row + (tl.minimum(first + two // 2, chunks - 1) * 6 + two % 2)[None, :]
-            word_0, word_1 = tl.split(tl.reshape(tl.load(couple), [ROWS, bits.TILE, 2]))
-            word_2, word_3 = tl.split(tl.reshape(tl.load(couple + 2), [ROWS, bits.TILE, 2]))
-            high_0, high_1 = tl.split(tl.reshape(tl.load(couple + 4), [ROWS, bits.TILE, 2]))
+        if BITS == 3:
+            word_0, word_1, word_2, word_3, high_0, high_1 = bits.six(words, start_of_row, first, chunks)
         else:
-            four = tl.arange(0, 4 * bits.TILE)
-            here = (tl.minimum(first + four // 4, chunks - 1) * 4 + four % 4)[None, :]
-            packed = tl.load(words + start_of_row + here)
-            even, odd = tl.split(tl.reshape(packed, [ROWS, bits.TILE, 2, 2]))
-            word_0, word_2 = tl.split(even)
-            word_1, word_3 = tl.split(odd)
+            word_0, word_1, word_2, word_3 = bits.four(words, start_of_row, first, chunks)
             high_0, high_1 = word_0, word_0
         sum_0 = tl.zeros([ROWS, bits.TILE], tl.float32)
         sum_1, sum_2, sum_3 = sum_0, sum_0, sum_0
