@@ -21,11 +21,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_models import MODELS, Models
-from benchmarks.gpu_tier import ALL_VRAM, WAYS
-from greenroom.cli import paper
-from greenroom.config import EngineSettings
+from benchmarks.gpu_tier import WAYS, engine_with, most_experts
 from greenroom.device import Device, find_gpu
-from greenroom.engine import Engine
 from greenroom.packed import PackedModel
 
 PROMPT = 60
@@ -38,12 +35,8 @@ class Decoding:
     """An engine with every expert on the device, and a conversation that goes one way through the layers."""
 
     def __init__(self, packed: PackedModel, device: Device, way: str) -> None:
-        entries = packed.manifest.experts
-        most = max(entry.num_experts for entry in entries)
-        paper.let_go(device)  # of the engine before
-        vram = min(ALL_VRAM, device.memory()[0])
-        settings = EngineSettings(vram=vram, experts_per_layer=most, cpu_experts=False)
-        self.engine, self.device, self.layers = Engine(packed, settings, device=device), device, len(entries)
+        self.engine = engine_with(packed, device, most_experts(packed))
+        self.device, self.layers = device, len(packed.manifest.experts)
         assert self.engine.steps is not None
         self.engine.steps.ahead, self.engine.steps.graphs = WAYS[way]
         self._number = 0

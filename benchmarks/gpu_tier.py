@@ -143,20 +143,21 @@ def _options(flags: "dict[str, str]") -> argparse.Namespace:
     return parser.parse_args(["bench", "-", *itertools.chain(*flags.items())])
 
 
-def _engine(packed: PackedModel, device: Device, slots: int) -> Engine:
+def engine_with(packed: PackedModel, device: Device, slots: int) -> Engine:
     """With so many slots per layer, in memory that is enough; every miss is moved."""
     paper.let_go(device)  # of the engine before
     vram = min(ALL_VRAM, device.memory()[0])
     return Engine(packed, EngineSettings(vram=vram, experts_per_layer=slots, cpu_experts=False), device=device)
 
 
-def _most(packed: PackedModel) -> int:
+def most_experts(packed: PackedModel) -> int:
+    """Of a layer."""
     return max(entry.num_experts for entry in packed.manifest.experts)
 
 
 def host(packed: PackedModel, device: Device) -> Result:
     """Microseconds a layer of each way with every expert on the device, and whether graphs give the same bits."""
-    engine = _engine(packed, device, _most(packed))
+    engine = engine_with(packed, device, most_experts(packed))
     try:
         found = {way: decode(engine, device, way) for way in WAYS}
         captured = str(engine.steps)
@@ -191,8 +192,8 @@ def prompt(model: str, models: Models, device: Device, link: float, tokens: int 
     """Seconds of a chunk with no expert kept on the device, with all of them there, and over the link alone; and
     tokens/s with all of them there."""
     packed, found = models(model), {}
-    for name, slots in (("streamed_s", 0), ("resident_s", _most(packed))):
-        engine = _engine(packed, device, slots)
+    for name, slots in (("streamed_s", 0), ("resident_s", most_experts(packed))):
+        engine = engine_with(packed, device, slots)
         try:
             found[name], sent = _chunk(engine, device, tokens)
             if slots:
