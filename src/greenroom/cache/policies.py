@@ -129,21 +129,25 @@ class Scored:
         self._scorer = scorer
         self.uses_probabilities, self.needs_probabilities = scorer.uses_probabilities, scorer.needs_probabilities
         self._layers: dict[int, Scorer | CompiledLearned] = {}
-        self._resident: dict[Key, float] = {}  # each with its score as of its layer's last request
+        self._scores: dict[int, Sequence[float]] = {}  # each layer's as of its last request
+        self._resident: dict[Key, None] = {}
 
     def update(self, used: Sequence[Key], hints: Hints) -> Collection[Key]:
         """Return the `capacity` keys of the highest scores."""
         layer = hints.layer
         if layer not in self._layers:
             self._layers[layer] = self._scorer()
-        scores = self._layers[layer].one(layer, [expert for _, expert in used], hints.recent, hints.probabilities)
-        for key in used:
-            self._resident[key] = 0.0
-        self._resident |= {key: scores[key[1]] for key in self._resident if key[0] == layer}
+        self._scores[layer] = self._layers[layer].one(
+            layer, [expert for _, expert in used], hints.recent, hints.probabilities
+        )
+        self._resident |= dict.fromkeys(used)
         while len(self._resident) > self.capacity:
-            lowest = min(self._resident.values())
-            del self._resident[max(key for key, score in self._resident.items() if score == lowest)]
+            del self._resident[max(self._resident, key=self._worthless)]
         return self._resident.keys()
+
+    def _worthless(self, key: Key) -> "tuple[float, Key]":
+        layer, expert = key
+        return -self._scores[layer][expert], key
 
 
 def _scored(scorer: "Callable[[], type[Scorer] | type[CompiledLearned]]") -> Callable[[int], EvictionPolicy]:
