@@ -26,7 +26,7 @@ struct Count {
 // scores[n][position] of one block, no more positions at a time than registers hold sums of
 template <class V, int N>
 void score_block(const std::uint8_t* block, const float* const* q, int dim, float* const* scores, bool first_tile) {
-    constexpr int count = kPositions / V::kWidth < 4 ? kPositions / V::kWidth : 4;
+    constexpr int most = V::kRegisters == 32 ? 4 : 2, count = kPositions / V::kWidth < most ? kPositions / V::kWidth : most;
     const std::int64_t ahead = first_tile ? kBlocksAhead * 2 * kPositions * dim : 0;
     for (int first = 0; first < kPositions; first += count * V::kWidth) {
         typename V::F sums[N][count];
