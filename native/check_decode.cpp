@@ -204,8 +204,8 @@ std::vector<float> decode(const std::vector<DecoderLayer>& layers, const float* 
     return seen;
 }
 
-// The same with experts that are there, layer by layer or all in one walk.
-std::vector<float> walk(const std::vector<DecoderLayer>& layers, const Records& records, int tokens, bool at_once, int threads) {
+// The same with experts, layer by layer or in walks, of which those that `there` lacks are computed in between.
+std::vector<float> walk(const std::vector<DecoderLayer>& layers, const Records& records, const Records* there, int tokens, int threads) {
     static const std::int64_t kFirstRow = 0;
     std::vector<float> hidden(kWidth), normed(kWidth), outputs(3 * kWidth), seen;
     const float cosine[] = {1.0f, 0.5f, 0.25f, 0.0f}, sine[] = {0.0f, 0.5f, 0.75f, 1.0f};
@@ -213,24 +213,33 @@ std::vector<float> walk(const std::vector<DecoderLayer>& layers, const Records& 
     std::vector<std::unique_ptr<std::uint16_t[]>> memory;
     for (int i = 0; i < 4; ++i) memory.push_back(array<std::uint16_t>(2 * kPositions * (kLatent + kRotary)));
     const auto bytes = [&](std::size_t number) { return reinterpret_cast<std::uint8_t*>(memory[number].get()); };
+    const auto serve = [&](std::size_t layer, const Chosen& chosen) {
+        decoder.shared(layer, threads);
+        std::vector<Task> tasks;
+        for (std::size_t e = 0; e < chosen.experts.size(); ++e)
+            tasks.push_back({records.at[static_cast<std::size_t>(chosen.experts[e])], &kFirstRow, 1, outputs.data() + e * kWidth});
+        experts(normed.data(), tasks, records.layout, threads);
+        decoder.combine(layer, outputs.data(), chosen.weights);
+    };
+    const auto see = [&](const std::vector<float>& numbers) { seen.insert(seen.end(), numbers.begin(), numbers.end()); };
     for (int token = 0; token < tokens; ++token) {
         for (int i = 0; i < kWidth; ++i) hidden[static_cast<std::size_t>(i)] = static_cast<float>((token * 7 + i * 3) % 11 - 5);
         const std::vector<KeyValues> caches{{bytes(0), bytes(1), kPositions, 0, token}, {bytes(2), bytes(3), kPositions, 0, token}};
-        if (at_once) {
-            for (const Chosen& chosen : decoder.walk(caches, cosine, sine, {records, {}}, outputs.data(), threads))
-                seen.insert(seen.end(), chosen.weights.begin(), chosen.weights.end());
-        } else {
-            const Chosen chosen = decoder.attend(0, caches[0], cosine, sine, threads);
-            decoder.shared(0, threads);
-            std::vector<Task> tasks;
-            for (std::size_t e = 0; e < chosen.experts.size(); ++e)
-                tasks.push_back({records.at[static_cast<std::size_t>(chosen.experts[e])], &kFirstRow, 1, outputs.data() + e * kWidth});
-            experts(normed.data(), tasks, records.layout, threads);
-            decoder.combine(0, outputs.data(), chosen.weights);
-            decoder.attend(1, caches[1], cosine, sine, threads);
-            seen.insert(seen.end(), chosen.weights.begin(), chosen.weights.end());
+        for (std::size_t layer = 0; layer < layers.size();) {
+            if (there != nullptr) {
+                for (const Passed& passed : decoder.walk(layer, layers.size(), caches, cosine, sine, {*there, {}}, true, outputs.data(), threads)) {
+                    see(passed.chosen.weights), see(passed.shares);
+                    if (!passed.whole) serve(layer, passed.chosen);
+                    ++layer;
+                }
+                continue;
+            }
+            const Chosen chosen = decoder.attend(layer, caches[layer], cosine, sine, threads);
+            see(chosen.weights);
+            if (layers[layer].router) see(decoder.shares()), serve(layer, chosen);
+            ++layer;
         }
-        seen.insert(seen.end(), hidden.begin(), hidden.end());
+        see(hidden);
     }
     return seen;
 }
@@ -246,10 +255,16 @@ void check_walk(const Isa& isa, const std::vector<DecoderLayer>& layers, Memory&
         std::memcpy(made.back().get() + one.nbytes(), second.packed + expert * other.nbytes(), static_cast<std::size_t>(other.nbytes()));
         records.at.push_back(made.back().get());
     }
-    const std::vector<float> want = walk(layers, records, 9, false, 1);
-    for (int threads : {1, 3}) expect(walk(layers, records, 9, true, threads) == want, "decoder: a walk is its steps", threads, 0, isa.name);
-    std::swap(records.at[0], records.at[1]), std::swap(records.at[4], records.at[8]), std::swap(records.at[3], records.at[11]);
-    expect(walk(layers, records, 9, true, 1) != want, "decoder: other experts give other numbers", 1, 0, isa.name);
+    const std::vector<float> want = walk(layers, records, nullptr, 9, 1);
+    for (int threads : {1, 3}) expect(walk(layers, records, &records, 9, threads) == want, "decoder: a walk is its steps", threads, 0, isa.name);
+    for (std::size_t kept : {0, 6}) {  // of the experts
+        Records some = records;
+        std::fill(some.at.begin() + static_cast<std::ptrdiff_t>(kept), some.at.end(), nullptr);
+        expect(walk(layers, records, &some, 9, 1) == want, "decoder: a walk stops where an expert is elsewhere", static_cast<int>(kept), 0, isa.name);
+    }
+    Records others = records;
+    std::swap(others.at[0], others.at[1]), std::swap(others.at[4], others.at[8]), std::swap(others.at[3], others.at[11]);
+    expect(walk(layers, records, &others, 9, 1) != want, "decoder: other experts give other numbers", 1, 0, isa.name);
 }
 
 std::vector<float> prompt(const std::vector<DecoderLayer>& layers, int tokens, int threads) {

@@ -260,23 +260,30 @@ void Decoder::combine(std::size_t layer, const float* outputs, const std::vector
     for (std::int64_t i = 0; i < width_; ++i) hidden_[i] += sum[i];
 }
 
-std::vector<Chosen> Decoder::walk(const std::vector<KeyValues>& caches, const float* cosine, const float* sine,
-                                  const std::vector<Records>& records, float* outputs, int threads) {
+std::vector<Passed> Decoder::walk(std::size_t first, std::size_t last, const std::vector<KeyValues>& caches,
+                                  const float* cosine, const float* sine, const std::vector<Records>& records,
+                                  bool with_shares, float* outputs, int threads) {
     static constexpr std::int64_t kFirstRow = 0;
-    std::vector<Chosen> found;
+    std::vector<Passed> passed;
     std::vector<Task> tasks;
-    for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
-        found.push_back(attend(layer, caches.at(layer), cosine, sine, threads));
-        if (!layers_[layer].router) continue;
-        shared(layer, threads);
+    for (std::size_t layer = first; layer < last; ++layer) {
+        passed.push_back({attend(layer, caches.at(layer), cosine, sine, threads), {}, true});
+        if (!layers_.at(layer).router) continue;
+        if (with_shares) passed.back().shares = shares();
+        const Chosen& chosen = passed.back().chosen;
         tasks.clear();
-        for (int expert : found.back().experts)
+        for (int expert : chosen.experts)
             tasks.push_back({records.at(layer).at.at(static_cast<std::size_t>(expert)), &kFirstRow, 1,
                              outputs + static_cast<std::int64_t>(tasks.size()) * width_});
+        if (std::any_of(tasks.begin(), tasks.end(), [](const Task& task) { return task.record == nullptr; })) {
+            passed.back().whole = false;
+            break;
+        }
+        shared(layer, threads);
         experts(normed_, tasks, records[layer].layout, threads);
-        combine(layer, outputs, found.back().weights);
+        combine(layer, outputs, chosen.weights);
     }
-    return found;
+    return passed;
 }
 
 void Decoder::finish(const Norm& norm) { normalize(norm, hidden_, width_, normed_); }

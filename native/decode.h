@@ -18,10 +18,19 @@ struct KeyValues {
     std::int64_t capacity, first, length;
 };
 
-// Where a layer's experts lie: the address of each one's record. None where a layer has no experts.
+// Where a layer's experts lie: the address of each one's record, null where it is elsewhere. None where a layer has no
+// experts.
 struct Records {
     ExpertLayout layout;
     std::vector<const std::uint8_t*> at;
+};
+
+// What a layer chose for a token that passed it, and `shares` where they were asked for. It has not passed a layer some of
+// whose experts are elsewhere.
+struct Passed {
+    Chosen chosen;
+    std::vector<float> shares;
+    bool whole = true;
 };
 
 class Decoder {
@@ -42,10 +51,12 @@ public:
     void shared(std::size_t layer, int threads);
     // hidden += sum of weights[e] * outputs[e] in order, plus what `shared` computed. outputs: [n, width]
     void combine(std::size_t layer, const float* outputs, const std::vector<float>& weights);
-    // A token through all layers where every expert is there: `attend`, `shared`, the experts and `combine` in turn.
-    // caches, records: of each layer; outputs: [most experts that a layer chooses, width]. Gives what each layer chose.
-    std::vector<Chosen> walk(const std::vector<KeyValues>& caches, const float* cosine, const float* sine,
-                             const std::vector<Records>& records, float* outputs, int threads);
+    // A token through layers first <= l < last: `attend`, `shared`, the experts and `combine` in turn. It ends early at a
+    // layer some of whose experts are elsewhere, after that layer's `attend`. caches, records: of all layers; outputs:
+    // [most experts that a layer chooses, width]. Gives what each layer chose, the one where it ended last.
+    std::vector<Passed> walk(std::size_t first, std::size_t last, const std::vector<KeyValues>& caches,
+                             const float* cosine, const float* sine, const std::vector<Records>& records,
+                             bool with_shares, float* outputs, int threads);
     // normed = norm(hidden)
     void finish(const Norm& norm);
 

@@ -121,34 +121,46 @@ struct AllRecords {
     std::vector<Records> layers;
 };
 
-// caches: keys, values, capacity, first and length of each layer.
-using Cache = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
+// The caches of all layers of a decoder: keys, values, capacity, first and length of each.
+struct Caches {
+    std::vector<KeyValues> layers;
+};
 
-std::vector<std::pair<std::vector<int>, std::vector<float>>> walk(Decoder& decoder, const std::vector<Cache>& caches,
-                                                                  std::uintptr_t cosine, std::uintptr_t sine,
-                                                                  const AllRecords& records, std::uintptr_t outputs,
-                                                                  int threads) {
-    const std::vector<DecoderLayer>& layers = decoder.layers();
-    check(caches.size() == layers.size() && records.layers.size() == layers.size(), "not as many as layers");
-    std::vector<KeyValues> all;
-    for (const auto& [keys, values, capacity, first, length] : caches) {
+using CacheTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
+
+Caches caches_of(const std::vector<CacheTuple>& layers) {
+    Caches found;
+    for (const auto& [keys, values, capacity, first, length] : layers) {
         check(first >= 0 && first <= length && length < capacity && capacity % kPositions == 0, "the cache is full");
-        all.push_back({pointer<std::uint8_t>(keys), pointer<std::uint8_t>(values), capacity, first, length});
+        found.layers.push_back({pointer<std::uint8_t>(keys), pointer<std::uint8_t>(values), capacity, first, length});
     }
-    for (std::size_t i = 0; i < layers.size(); ++i) {
+    return found;
+}
+
+// Experts, weights and shares of each layer, and whether the token has passed the last of them.
+using Told = std::pair<std::vector<std::tuple<std::vector<int>, std::vector<float>, std::vector<float>>>, bool>;
+
+Told walk(Decoder& decoder, std::size_t first, std::size_t last, const Caches& caches, std::uintptr_t cosine,
+          std::uintptr_t sine, const AllRecords& records, bool with_shares, std::uintptr_t outputs, int threads) {
+    const std::vector<DecoderLayer>& layers = decoder.layers();
+    check(caches.layers.size() == layers.size() && records.layers.size() == layers.size(), "not as many as layers");
+    check(first < last && last <= layers.size(), "no such layers");
+    for (std::size_t i = first; i < last; ++i) {
         const Records& its = records.layers[i];
         if (!layers[i].router) continue;
-        check(static_cast<std::int64_t>(its.at.size()) == layers[i].router->weights.shape.rows, "a layer's experts are not all there");
+        check(static_cast<std::int64_t>(its.at.size()) == layers[i].router->weights.shape.rows, "not as many records as experts");
         check(its.layout.first.cols == decoder.width() && its.layout.second.rows == decoder.width(), "experts of another width");
     }
-    std::vector<Chosen> found;
+    std::vector<Passed> passed;
     {
         nb::gil_scoped_release release;
-        found = decoder.walk(all, pointer<const float>(cosine), pointer<const float>(sine), records.layers, pointer<float>(outputs), threads);
+        passed = decoder.walk(first, last, caches.layers, pointer<const float>(cosine), pointer<const float>(sine),
+                              records.layers, with_shares, pointer<float>(outputs), threads);
     }
-    std::vector<std::pair<std::vector<int>, std::vector<float>>> chosen;
-    for (Chosen& its : found) chosen.emplace_back(std::move(its.experts), std::move(its.weights));
-    return chosen;
+    Told told{{}, passed.back().whole};
+    for (Passed& its : passed)
+        told.first.emplace_back(std::move(its.chosen.experts), std::move(its.chosen.weights), std::move(its.shares));
+    return told;
 }
 
 void project(Prompt& prompt, std::size_t layer, std::uintptr_t keys, std::uintptr_t values, int threads) {
@@ -275,7 +287,14 @@ void bind_decoder(nb::module_& module) {
         .def("__init__", [](Records* it, const ExpertLayout& layout, const std::vector<std::uintptr_t>& addresses,
                             std::int64_t record_nbytes) { new (it) Records(records_of(layout, addresses, record_nbytes)); });
     nb::class_<AllRecords>(module, "AllRecords")
-        .def("__init__", [](AllRecords* it, const std::vector<Records>& layers) { new (it) AllRecords{layers}; });
+        .def("__init__", [](AllRecords* it, const std::vector<Records>& layers) { new (it) AllRecords{layers}; })
+        .def("put", [](AllRecords& it, std::size_t layer, std::size_t expert, std::uintptr_t address) {
+            check(layer < it.layers.size() && expert < it.layers[layer].at.size(), "no such expert");
+            it.layers[layer].at[expert] = pointer<const std::uint8_t>(address);
+        });
+
+    nb::class_<Caches>(module, "Caches")
+        .def("__init__", [](Caches* it, const std::vector<CacheTuple>& layers) { new (it) Caches(caches_of(layers)); });
 
     nb::class_<Decoder>(module, "Decoder")
         .def("__init__",

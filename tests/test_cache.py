@@ -33,7 +33,7 @@ def make(capacities, staging, policy):
     return ExpertCache(layers=LAYERS, capacities=capacities, staging=staging, policy=POLICIES[policy], validate=True)
 
 
-def drive(cache: ExpertCache, requests, rng: random.Random, guess: bool = True):
+def drive(cache: ExpertCache, requests, rng: random.Random, guess: bool = True, seen=lambda: None):
     """A live run in miniature: reads finish in any order, guesses are right or wrong."""
     reading, accesses = [], []
     for layer, experts, guesses in requests:
@@ -55,6 +55,7 @@ def drive(cache: ExpertCache, requests, rng: random.Random, guess: bool = True):
                 cache.release(layer, expert)
             steps += 1
             assert steps < 1000, "no progress"
+            seen()
         cache.finish()
     return accesses
 
@@ -68,6 +69,54 @@ def test_every_request_is_served_whatever_the_order(scenario):
     for access, (layer, experts, _) in zip(accesses, requests, strict=True):
         found = [*access.hits, *access.prefetched, *access.late, *access.misses]
         assert sorted(found) == sorted((layer, expert) for expert in experts)
+
+
+class Places:
+    """Where experts lie, as whoever listens to `moved` knows it; of `deaf` layers it hears nothing."""
+
+    def __init__(self, cache: ExpertCache, deaf=()) -> None:
+        self.cache, self.deaf, self.known = cache, deaf, {}
+
+    def follow(self) -> None:
+        for key in self.cache.moved():
+            if key[0] not in self.deaf:
+                self.known[key] = self.cache.there(*key)
+
+    @property
+    def right(self) -> bool:
+        keys = [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+        return all(self.known.get(key) == self.cache.there(*key) for key in keys)
+
+
+@settings(max_examples=300, deadline=None)
+@given(scenarios(), st.integers(0, 25))
+def test_what_moved_is_told(scenario, until):
+    """Also of what is given up, and when nobody asks for a while."""
+    capacities, staging, policy, requests, rng = scenario
+    cache = make(capacities, staging, policy)
+    places = Places(cache)
+
+    def seen() -> None:
+        if rng.random() < 0.7:
+            places.follow()
+            assert places.right
+
+    drive(cache, requests[:until], rng, seen=seen)
+    if until < len(requests):
+        cache.request(*requests[until][:2])
+        cache.issue()
+        cache.abort()
+    seen()
+    for buffer in cache.reading:
+        cache.loaded(buffer)
+    drive(cache, requests[until + 1 :], rng, seen=seen)
+
+
+def test_who_does_not_listen_is_wrong():
+    cache = make([2] * LAYERS, 1, "lru")
+    places = Places(cache, deaf=(1,))
+    drive(cache, [(0, [0, 1], []), (1, [2], [])], random.Random(0), guess=False, seen=places.follow)
+    assert not places.right
 
 
 @settings(max_examples=300, deadline=None)

@@ -22,6 +22,7 @@ from greenroom.kernels import native
 from greenroom.model import routers
 from greenroom.packed import PackedModel
 from greenroom.prefetch import Foresight
+from greenroom.speculation import Speculation
 from test_families import case_of, distance
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension is not built")
@@ -247,7 +248,7 @@ def most_experts(packed: PackedModel) -> int:
 
 
 @pytest.mark.parametrize("name", NAMED + OTHERS)
-def test_a_token_through_all_layers_at_once_is_one_layer_by_layer(name: str) -> None:
+def test_a_token_through_all_layers_at_once_is_one_layer_by_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, and so is what is counted and recorded; layer by layer where somebody watches or guesses."""
     packed = case_of(name).pack(4)
     with running(packed, context=256, experts_per_layer=most_experts(packed)) as engine:
@@ -258,24 +259,47 @@ def test_a_token_through_all_layers_at_once_is_one_layer_by_layer(name: str) -> 
         got = after_a_long_prompt(engine)
         assert engine.decode.walks == walks and engine.decode.steps == 2 * len(FORCED)
         assert torch.equal(got[0], want[0]) and got[1:] == want[1:]
-    for settings in ({"experts_per_layer": 1}, {"experts_per_layer": most_experts(packed), "prefetch": 2}):
-        with running(packed, context=256, **settings) as engine:
-            assert torch.equal(after_a_long_prompt(engine)[0], want[0])
-            assert engine.decode.walks == 0
+    with running(packed, context=256, experts_per_layer=most_experts(packed), prefetch=2) as engine:
+        monkeypatch.setattr(Speculation, "pays", True)
+        assert torch.equal(after_a_long_prompt(engine)[0], want[0])
+        assert engine.decode.walks == 0
 
 
-def test_where_experts_lie_is_told_anew_after_loads(mixtral: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("policy", ["learned", "lru-shared"])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_token_walks_up_to_the_layer_that_lacks_an_expert(
+    name: str, policy: str, prefetch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what layer by layer gives, counted and recorded alike, also where every so many calls are guessed."""
+    monkeypatch.setattr(Speculation, "pays", False)
+    found = []
+    packed = case_of(name).pack(4)
+    for watched in (False, True):
+        settings = {"experts_per_layer": most_experts(packed) // 2 + 1, "policy": policy, "prefetch": prefetch}
+        with running(packed, context=256, validate=True, **settings) as engine:
+            engine.runner.observer = (lambda *_: None) if watched else None
+            found.append(after_a_long_prompt(engine))
+            assert (engine.decode.walks > 0) != watched and engine.decode.steps == len(FORCED)
+            assert found[0][2][2] < found[0][2][1], "nothing was missing"
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert prefetch or found[0][2] == found[1][2]
+
+
+def test_where_experts_lie_follows_the_cache(mixtral: Engine) -> None:
+    """A token that walks reads each expert from where it lies; where the places are wrong, it is another token."""
     with running(mixtral.packed, context=256, experts_per_layer=most_experts(mixtral.packed)) as engine:
-        after_a_long_prompt(engine)
-        modules = [module for module in engine.model.modules() if hasattr(module, "greenroom_layer")]
-        first = engine.runner.all_there(modules)
-        assert first is not None and engine.runner.all_there(modules) is first
-        engine.runner._cache.counters.misses += 1
-        assert engine.runner.all_there(modules) is not first
-        resident = engine.runner._cache._resident[0]
-        gone = resident.pop()
-        assert engine.runner.all_there(modules) is None
-        resident.add(gone)
+        want = after_a_long_prompt(engine)[0]
+        modules = engine.decode._parts.moe
+        records, most = engine.runner.there(modules)
+        assert most >= len(modules) and engine.runner.there(modules)[0] is records
+        assert torch.equal(after_a_long_prompt(engine)[0], want)
+        for layer, experts in enumerate(engine.runner._entries):
+            for expert in range(experts.num_experts):
+                records.put(layer, expert, engine.runner._address(layer, 0))
+        assert not torch.equal(after_a_long_prompt(engine)[0], want), "control"
+        with pytest.raises(ValueError, match="no such expert"):
+            records.put(0, most_experts(mixtral.packed), 0)
 
 
 def test_windows_hide_what_the_masks_hide() -> None:
@@ -319,7 +343,7 @@ def test_a_compiled_router_foresees_what_its_gate_would(name: str) -> None:
                 found.append((layer + 1, x.clone(), len(experts), foresee(layer + 1, count)))
             serve(layer, module, x, experts, *others)
 
-        engine.decode._serve = noted
+        engine.decode._serve, engine.decode._residents = noted, None
         decoded(engine.model)
         assert engine.decode.steps == len(FORCED) and len(found) >= len(FORCED) * (len(gates) - 1) > 0
         foresight = Foresight(gates)
@@ -437,19 +461,24 @@ def test_a_token_with_a_position_of_its_own_goes_through_the_modules(mixtral: En
             assert mixtral.decode.steps == steps
 
 
-def test_an_interrupt_in_a_token_leaves_the_cache_as_it_was(mixtral: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(index: int, *_: Any) -> None:
-        if index == 2:
+@pytest.mark.parametrize("way", ["layer", "_walk"])
+def test_an_interrupt_in_a_token_leaves_the_cache_as_it_was(
+    mixtral: Engine, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> Any:
+        found = real(*arguments)
+        if way == "_walk" or arguments[0] == 1:
             raise KeyboardInterrupt
-        real(index, *_)
+        return found
 
-    model, token = mixtral.model, torch.tensor([[FORCED[0]]])
+    model, token, real = mixtral.model, torch.tensor([[FORCED[0]]]), getattr(mixtral.decode, way)
     with torch.no_grad():
         past = model(PROMPT, use_cache=True).past_key_values
         want = model(token, past_key_values=past).logits
         past.crop(-1)
-        real = mixtral.decode.layer
-        monkeypatch.setattr(mixtral.decode, "layer", interrupted)
+        monkeypatch.setattr(mixtral.decode, way, interrupted)
+        monkeypatch.setattr(mixtral.decode, "_residents", mixtral.runner if way == "_walk" else None)
+        monkeypatch.setattr(Speculation, "pays", False)
         with pytest.raises(KeyboardInterrupt):
             model(token, past_key_values=past)
         monkeypatch.undo()

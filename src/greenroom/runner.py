@@ -27,6 +27,8 @@ from greenroom.transfer import Transfer
 Rows = torch.Tensor | list[list[int]] | list[list[float]]
 Shares = list[float]
 """What a router thinks of all experts for one token: shares of 1 that float16 can hold, as traces do."""
+Passed = tuple[int, list[int], list[float], "Shares | None"]
+"""(layer, experts, weights, what the router thinks of all where `wants_shares`) of a token that found all it wanted"""
 Observer = Callable[[int, torch.Tensor, Rows, Rows, "Shares | None"], None]
 """(layer, x [T, H], top_k_index [T, k], top_k_weights [T, k], the router's probabilities where the cache is told)"""
 
@@ -60,7 +62,7 @@ class ExpertRunner:
         self._clock: Callable[[], float] = time.perf_counter
         self.speculation = Speculation(prefetcher.experts)
         self._since: tuple[float, float] | None = None  # the clock after the last guess, what the link had to do then
-        self._all: tuple[int, Any] | None = None  # the cache's loads when all experts were there, and where they lie
+        self._places: tuple[Any, dict[int, int]] | None = None  # where experts lie, and MoE layers among a decoder's
         self.metrics = Metrics()
         self.trace: list[tuple[int, tuple[int, ...], Shares | None]] | None = None
         """Set to a list to record every call, as `cache.replay` wants it."""
@@ -132,38 +134,52 @@ class ExpertRunner:
             raise
         self._count()
 
-    def all_there(self, modules: "Sequence[Any]") -> Any:
-        """Where all experts lie, for a token that passes all layers in one call: `native.all_records` of a decoder's
-        layers, whose experts modules are `modules`, None where there are none. None unless all are resident, to stay,
-        and nobody watches each call or guesses."""
-        experts, loads = sum(entry.num_experts for entry in self._entries), self._cache.counters.loads
-        if self.observer is not None or self.speculation.most or self._cache.uses_probabilities:
-            return None
-        if not self._cache.holds_all(experts):
-            return None
-        if self._all is None or self._all[0] != loads:
-            self._all = loads, native.all_records([None if one is None else self._records(one) for one in modules])
-        return self._all[1]
+    def there(self, modules: "Sequence[Any]") -> "tuple[Any, int]":
+        """Where experts lie, for a token that passes layers in one call: `native.all_records` of a decoder's layers,
+        whose experts modules are `modules`, None where there are none; and how many layers may be passed: none where
+        somebody watches each call or guesses."""
+        most = self.speculation.rests() if self.observer is None else 0
+        if most and self._places is None:
+            layers = {module.greenroom_layer: place for place, module in enumerate(modules) if module is not None}
+            records = [None if module is None else self._records(module) for module in modules]
+            self._cache.moved()
+            self._places = native.all_records(records), layers
+        if not most or self._places is None:
+            return None, 0
+        records, layers = self._places
+        for layer, expert in self._cache.moved():
+            if layer in layers:
+                records.put(layers[layer], expert, self._address(layer, expert))
+        return records, most
 
     def _records(self, module: Any) -> Any:
         layer = module.greenroom_layer
         entry = self._entries[layer]
-        buffers = [self._cache.ready(layer, expert) for expert in range(entry.num_experts)]
-        addresses = [self._arena.address(buffer) for buffer in buffers if buffer is not None]
+        addresses = [self._address(layer, expert) for expert in range(entry.num_experts)]
         return native.records(entry.tensors, self._kind(layer, module), addresses, entry.record_nbytes)
 
-    def walked(self, chosen: "Sequence[tuple[int, list[int], list[float]]]", compute_s: float) -> None:
-        """A token has passed all layers at once: what each of them (layer, experts, weights) chose, and the time in
-        experts."""
+    def _address(self, layer: int, expert: int) -> int:
+        """0 where the expert is not there."""
+        buffer = self._cache.there(layer, expert)
+        return 0 if buffer is None else self._arena.address(buffer)
+
+    @property
+    def wants_shares(self) -> bool:
+        """Whether `walked` is to be told what routers think of all experts."""
+        return self._cache.uses_probabilities
+
+    def walked(self, passed: "Sequence[Passed]", compute_s: float) -> None:
+        """A token has passed layers at once; `compute_s` is the time in experts."""
         try:
-            for layer, experts, weights in chosen:
+            for layer, experts, weights, shares in passed:
                 valued = [expert for _, expert in sorted(zip(weights, experts, strict=True))]
-                self._note(layer, valued, None, prompt=False)
-                there = self._cache.hit(layer, experts, valued)
+                self._note(layer, valued, shares, prompt=False)
+                there = self._cache.hit(layer, experts, valued, shares)
                 assert there is not None
         except BaseException:
             self._give_up()
             raise
+        self.speculation.passed(len(passed))
         self.metrics.compute_s += compute_s
         self._count()
 

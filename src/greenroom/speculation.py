@@ -12,6 +12,7 @@ calls are guessed all the same.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 from greenroom.smoothing import smoothed
@@ -48,6 +49,16 @@ class Speculation:
         """Whether to guess for this call at all."""
         self._calls += 1
         return self.most > 0 and (self.pays or self._calls % WATCH == 0)
+
+    def rests(self) -> int:
+        """How many calls will not be guessed for: of those, `passed` is to be told instead of `watches`."""
+        if not self.most:
+            return sys.maxsize
+        return 0 if self.pays or self._guesses else WATCH - 1 - self._calls % WATCH
+
+    def passed(self, calls: int) -> None:
+        """So many calls were not guessed for."""
+        self._calls += calls
 
     def choose(
         self, layer: int, guesses: "Sequence[tuple[int, list[int]]]", there: "Callable[[int, int], bool]"

@@ -128,6 +128,7 @@ class ExpertCache:
         self._resident: list[set[Key]] = [set() for _ in capacities]
         self._queue = _Queue()
         self._active: set[Key] = set()  # requested and not yet released
+        self._moved: set[Key] = set()  # came or went since `moved` was asked
         self._recent: dict[int, Sequence[int]] = {}  # each layer's latest set, for policies
 
     def request(
@@ -154,6 +155,7 @@ class ExpertCache:
         # after an aborted access the policy may still believe in keys whose read never finished, or that a guess holds
         after = {key for key in self._policies[group].update(ranked, hints) if key in self._active or key in before}
         self._resident[group] = after
+        self._moved |= after ^ before
         self._recent[layer] = experts if valued is None else valued
         for key in needed:
             self._guessed.pop(key, None)
@@ -203,6 +205,16 @@ class ExpertCache:
                 return None
             buffers.append(found.buffer)
         return buffers
+
+    def moved(self) -> "set[Key]":
+        """Experts that may have come or gone since this was asked last: `there` is to be asked again."""
+        moved, self._moved = self._moved, set()
+        return moved
+
+    def there(self, layer: int, expert: int) -> "int | None":
+        """The buffer that `hit` would give; None where it would give none."""
+        found = self._found(layer, (expert,))
+        return None if found is None else found[0]
 
     def _use(self, layer: int, valued: Sequence[int], probabilities: "Sequence[float] | None") -> None:
         """Account an access whose experts are all there."""
@@ -271,6 +283,7 @@ class ExpertCache:
             self._free.append(buffer)
         else:
             self._held[key].ready = True
+            self._moved.add(key)
         self._check()
 
     def ready(self, layer: int, expert: int) -> "int | None":
@@ -281,10 +294,6 @@ class ExpertCache:
     def holds(self, layer: int, expert: int) -> bool:
         """Whether the expert is there or being read."""
         return (layer, expert) in self._held
-
-    def holds_all(self, experts: int) -> bool:
-        """Whether so many experts are resident, with nothing under way."""
-        return not self._reading and not self._active and sum(map(len, self._resident)) == experts
 
     @property
     def reading(self) -> "set[int]":
@@ -362,6 +371,7 @@ class ExpertCache:
 
     def _discard(self, key: Key) -> None:
         held = self._held.pop(key)
+        self._moved.add(key)
         self._guessed.pop(key, None)
         if held.ready:
             self._free.append(held.buffer)

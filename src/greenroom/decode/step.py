@@ -50,15 +50,22 @@ class ServeToken(Protocol):
 
 
 class Residents(Protocol):
-    """Serves all layers of one token at once, where it can."""
+    """Knows where experts lie, so that a token passes layers at once where all that it wants is there."""
 
-    def all_there(self, modules: "Sequence[Any]") -> Any:
-        """`native.all_records` for the experts `modules` of a decoder's layers, None where there are none; None while
-        layers have to be served one by one."""
+    @property
+    def wants_shares(self) -> bool:
+        """Whether `walked` is to be told what routers think."""
         ...
 
-    def walked(self, chosen: "Sequence[tuple[int, list[int], list[float]]]", compute_s: float) -> None:
-        """What was chosen: (layer, experts, weights) of each; and the time in experts."""
+    def there(self, modules: "Sequence[Any]") -> "tuple[Any, int]":
+        """`native.all_records` for the experts `modules` of a decoder's layers, None where there are none; and how
+        many layers may be passed before this is asked again, 0 while they have to be served one by one."""
+        ...
+
+    def walked(
+        self, passed: "Sequence[tuple[int, list[int], list[float], list[float] | None]]", compute_s: float
+    ) -> None:
+        """What was chosen: (layer, experts, weights, shares) of each; and the time in experts."""
         ...
 
 
@@ -71,7 +78,8 @@ class DecodeStep:
 
     def __init__(self, base: Any, serve: ServeToken, residents: "Residents | None" = None, rough: bool = False) -> None:
         self._base, self._serve, self._residents, self._rough = base, serve, residents, rough
-        self._modules_forward, self._modules = base.forward, list(base.modules())
+        self._modules_forward = base.forward
+        self._hooks = [h for module in base.modules() for h in (module._forward_hooks, module._forward_pre_hooks)]
         self._parts: DecoderParts | None = None
         self._decoder: Any = None
         self.enabled = environment.decode() != "modules"
@@ -79,7 +87,7 @@ class DecodeStep:
         self.steps = 0
         """single tokens that went the fast way"""
         self.walks = 0
-        """those of them that passed all layers in one call"""
+        """calls in which those passed layers at once"""
         self.prompts = 0
         """calls of several that did"""
         self.forget()
@@ -126,7 +134,7 @@ class DecodeStep:
 
     def _watched(self) -> bool:
         """Whether somebody hooked a module: hooks see the modules' own way."""
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
+        return any(self._hooks)
 
     def prove(self) -> str:
         """Describe the decoder and compare it with its modules, unless that is done; gives `reason`."""
@@ -172,12 +180,7 @@ class DecodeStep:
             halves.append(half)
         self._hidden.copy_(self._parts.embed(input_ids)[0])
         turn = Turn(self._parts.rotary, [position], self._parts.width)
-        there = None if self._residents is None else self._residents.all_there(self._parts.moe)
-        if there is not None:
-            self._walk(halves, turn, there)
-        else:
-            for index, half in enumerate(halves):
-                self.layer(index, half, turn, self._serve)
+        self._layers(halves, turn)
         for layer in layers:  # together, so that an interrupt leaves them agreed
             layer.put()
         self._decoder.finish(self._parts.final_norm)
@@ -232,9 +235,13 @@ class DecodeStep:
             turn.sine.data_ptr(),
             threads,
         )
-        module = self._parts.moe[index]
-        if module is None:
-            return
+        if self._parts.moe[index] is not None:
+            self._experts(index, experts, weights, serve)
+
+    def _experts(self, index: int, experts: "list[int]", weights: "list[float]", serve: ServeToken) -> None:
+        """A layer from its router's choice on."""
+        assert self._parts is not None
+        decoder, threads, module = self._decoder, count(), self._parts.moe[index]
         serve(
             module.greenroom_layer,
             module,
@@ -248,17 +255,39 @@ class DecodeStep:
         )
         decoder.combine(index, self._outputs.data_ptr(), weights)
 
-    def _walk(self, halves: "Sequence[kv.HalfKV]", turn: Turn, there: Any) -> None:
-        """The residual stream through all layers in one call."""
+    def _layers(self, halves: "Sequence[kv.HalfKV]", turn: Turn) -> None:
+        """The residual stream through all layers, many in one call where their experts are there."""
+        assert self._parts is not None
+        index, caches = 0, None
+        while index < len(halves):
+            records, most = self._residents.there(self._parts.moe) if self._residents is not None else (None, 0)
+            if most:
+                caches = caches or native.caches(
+                    [(*half.addresses(), half.capacity, half.first, half.length) for half in halves]
+                )
+                index = self._walk(index, min(index + most, len(halves)), caches, turn, records)
+            else:
+                self.layer(index, halves[index], turn, self._serve)
+                index += 1
+
+    def _walk(self, first: int, last: int, caches: Any, turn: Turn, records: Any) -> int:
+        """The residual stream from layer `first` on in one call, up to `last` or through the one that stops it by
+        lacking an expert; gives the layer after that."""
         assert self._parts is not None and self._residents is not None
-        caches = [(*half.addresses(), half.capacity, half.first, half.length) for half in halves]
-        before_s = native.experts_s()
-        cosine, sine = turn.cosine.data_ptr(), turn.sine.data_ptr()
-        found = self._decoder.walk(caches, cosine, sine, there, self._outputs.data_ptr(), count())
-        served = zip(self._parts.moe, found, strict=True)
-        chosen = [(module.greenroom_layer, *its) for module, its in served if module is not None]
-        self._residents.walked(chosen, native.experts_s() - before_s)
+        before_s, with_shares = native.experts_s(), self._residents.wants_shares
+        cosine, sine, outputs = turn.cosine.data_ptr(), turn.sine.data_ptr(), self._outputs.data_ptr()
+        found, whole = self._decoder.walk(first, last, caches, cosine, sine, records, with_shares, outputs, count())
+        passed = [
+            (module.greenroom_layer, experts, weights, shares if with_shares else None)
+            for module, (experts, weights, shares) in zip(self._parts.moe[first:], found, strict=False)
+            if module is not None
+        ]
         self.walks += 1
+        lacking = passed.pop() if not whole else None
+        self._residents.walked(passed, native.experts_s() - before_s)
+        if lacking is not None:
+            self._experts(first + len(found) - 1, lacking[1], lacking[2], self._serve)
+        return first + len(found)
 
     @property
     def hidden(self) -> torch.Tensor:

@@ -164,13 +164,18 @@ def token(
 def records(
     layout: "tuple[RecordTensor, ...]", kind: str, addresses: "list[int]", record_nbytes: int
 ) -> "_native.Records":
-    """Where all experts of a layer lie, of which `kind` is the activation."""
+    """Where all experts of a layer lie, 0 for those that are elsewhere; `kind` is their activation."""
     return _native.Records(_layout(layout, kind), addresses, record_nbytes)
 
 
 def all_records(layers: "Sequence[_native.Records | None]") -> "_native.AllRecords":
     """Those of all layers of a decoder, None where a layer has no experts."""
     return _native.AllRecords([_native.Records() if one is None else one for one in layers])
+
+
+def caches(layers: "list[tuple[int, int, int, int, int]]") -> "_native.Caches":
+    """Keys, values, capacity, first and length of each layer of a decoder, for one token."""
+    return _native.Caches(layers)
 
 
 def decoder(layers: "list[Any]", hidden: torch.Tensor, normed: torch.Tensor) -> Any:
