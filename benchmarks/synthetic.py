@@ -19,21 +19,22 @@ from greenroom import seam
 from greenroom.buffers import byte_view
 from greenroom.packed import (
     MANIFEST_NAME,
-    RECORD_ALIGNMENT,
     Entry,
     ExpertsEntry,
     FileEntry,
     LinearEntry,
     Manifest,
-    RecordTensor,
     TensorEntry,
     header_of,
     replace_text,
     write_file,
 )
+from greenroom.packing import experts_entry, record_entries
 from greenroom.quant import Format, Layout
 
 _DENSE = Format.of(4, 64)
+_HALF = "bfloat16"
+"""Of what is not packed."""
 _DENSE_FILE = "dense-00000.safetensors"
 _POOL_SPARE = 32 << 20
 """Windows into the pool of random bytes start at this many places."""
@@ -86,7 +87,7 @@ class _Writer:
         self.files: dict[str, FileEntry] = {}
 
     def write(self) -> None:
-        experts = [self._experts_entry(number, module) for number, module in enumerate(self.modules)]
+        experts = [experts_entry(n, module, self.format, _HALF) for n, module in enumerate(self.modules)]
         linears = self._linears()
         largest = max([e.record_nbytes for e in experts] + [Layout(*size, _DENSE).nbytes for size in linears.values()])
         self.pool = _Pool(largest)
@@ -107,26 +108,6 @@ class _Writer:
         )
         replace_text(self.folder / MANIFEST_NAME, manifest.to_json())
 
-    def _experts_entry(self, number: int, module: seam.ExpertsModule) -> ExpertsEntry:
-        tensors: list[RecordTensor] = []
-        end = 0
-        for parameter in module.parameters:
-            made = RecordTensor(
-                name=parameter.name, rows=parameter.rows, cols=parameter.cols, offset=end, format=self.format
-            )
-            tensors.append(made)
-            end += made.nbytes
-        entry = ExpertsEntry(
-            module=module.name,
-            num_experts=module.num_experts,
-            file=f"experts-{number:05d}.safetensors",
-            offset=0,
-            record_nbytes=end + -end % RECORD_ALIGNMENT,
-            tensors=tuple(tensors),
-            crc32=(),
-        )
-        return dataclasses.replace(entry, offset=len(header_of(_entries_of(entry))[0]))
-
     def _write_experts(self, entry: ExpertsEntry) -> ExpertsEntry:
         def records() -> "Iterator[memoryview]":
             for _ in range(entry.num_experts):
@@ -135,7 +116,7 @@ class _Writer:
                     _scale(tensor.part(record), tensor.rows, tensor.cols, tensor.format, "down" in tensor.name)
                 yield byte_view(record)
 
-        return dataclasses.replace(entry, crc32=tuple(self._write_file(entry.file, _entries_of(entry), records())))
+        return dataclasses.replace(entry, crc32=tuple(self._write_file(entry.file, record_entries(entry), records())))
 
     def _repeat(self, entry: ExpertsEntry, written: ExpertsEntry) -> ExpertsEntry:
         """The entry with the bytes of one that is written: a link to its file, or a copy where there are no links."""
@@ -185,9 +166,7 @@ class _Writer:
                 made.append(LinearEntry(module=entry.name, rows=rows, cols=cols, format=_DENSE, **place))
             else:
                 mappable = entry.name.removesuffix(".weight") in seam.plain_embeddings(self.model)
-                made.append(
-                    TensorEntry(name=entry.name, dtype="bfloat16", shape=entry.shape, mappable=mappable, **place)
-                )
+                made.append(TensorEntry(name=entry.name, dtype=_HALF, shape=entry.shape, mappable=mappable, **place))
         return made
 
     def _plain(self, name: str) -> torch.Tensor:
@@ -206,14 +185,6 @@ class _Writer:
         header, size = header_of(entries)[0], (self.folder / name).stat().st_size
         self.files[name] = FileEntry(nbytes=size, header_nbytes=len(header), header_crc32=zlib.crc32(header))
         return checksums
-
-
-def _entries_of(entry: ExpertsEntry) -> "list[Entry]":
-    size = entry.record_nbytes
-    return [
-        Entry(name=f"{entry.module}.{expert}", dtype="U8", shape=(size,), nbytes=size)
-        for expert in range(entry.num_experts)
-    ]
 
 
 def _scale(packed: torch.Tensor, rows: int, cols: int, format: Format, into_residual: bool) -> None:

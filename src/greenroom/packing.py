@@ -180,42 +180,21 @@ class _Packing:
     def _experts_file(self, number: int, module: seam.ExpertsModule) -> "tuple[_File, ExpertsEntry]":
         dtype = _name(_half(self.checkpoint.expert_dtype(module)))
         format = self.settings.format(self.settings.expert_bits, dtype, self.settings.group_size)
-        tensors, offset = [], 0
-        for parameter in module.parameters:
-            own = Format(bits=16, group_size=0, dtype=dtype) if parameter.is_bias else format
-            tensor = RecordTensor(
-                name=parameter.name, rows=parameter.rows, cols=parameter.cols, offset=offset, format=own
-            )
-            tensors.append(tensor)
-            offset += tensor.nbytes
-        record_nbytes = offset + -offset % RECORD_ALIGNMENT
-        name = f"experts-{number:05d}.safetensors"
-        entries = [
-            Entry(name=f"{module.name}.{expert}", dtype="U8", shape=(record_nbytes,), nbytes=record_nbytes)
-            for expert in range(module.num_experts)
-        ]
-        entry = ExpertsEntry(
-            module=module.name,
-            num_experts=module.num_experts,
-            file=name,
-            offset=len(header_of(entries)[0]),
-            record_nbytes=record_nbytes,
-            tensors=tuple(tensors),
-            crc32=(),
-        )
+        entry = experts_entry(number, module, format, dtype)
         source_nbytes = self.checkpoint.experts_nbytes(module)
 
         def data(progress: Progress) -> "Iterator[memoryview]":
-            record = torch.zeros(record_nbytes, dtype=torch.uint8)
+            record = torch.zeros(entry.record_nbytes, dtype=torch.uint8)
             for expert in range(module.num_experts):
                 weights = balanced(self.checkpoint, module, self.checkpoint.expert(module, expert), format)
-                for tensor in tensors:
+                for tensor in entry.tensors:
                     what = f"{tensor.name} of expert {expert} of {module.name}"
                     _quantize(weights.pop(tensor.name), tensor.format, tensor.part(record), self.checkpoint, what)
                 progress.advance(source_nbytes // module.num_experts)
                 yield byte_view(record)
 
-        return _File(name=name, entries=entries, source_nbytes=source_nbytes, data=data), entry
+        file = _File(name=entry.file, entries=record_entries(entry), source_nbytes=source_nbytes, data=data)
+        return file, entry
 
     def _dense_files(self) -> "list[tuple[_File, list[_DenseOutput]]]":
         batches: list[list[DenseGroup]] = [[]]
@@ -321,6 +300,37 @@ class _Packing:
             tensors=tuple(tensors),
             tied={name: other for name, other in self.checkpoint.tied.items() if name not in served},
         )
+
+
+def experts_entry(number: int, module: seam.ExpertsModule, format: Format, dtype: str) -> ExpertsEntry:
+    """How a layer's experts lie in a file of their own, the `number`-th: matrices in `format`, biases as 16-bit `dtype`
+    ("bfloat16" or "float16"). Checksums are left out."""
+    tensors: list[RecordTensor] = []
+    end = 0
+    for parameter in module.parameters:
+        own = Format(bits=16, group_size=0, dtype=dtype) if parameter.is_bias else format
+        made = RecordTensor(name=parameter.name, rows=parameter.rows, cols=parameter.cols, offset=end, format=own)
+        tensors.append(made)
+        end += made.nbytes
+    entry = ExpertsEntry(
+        module=module.name,
+        num_experts=module.num_experts,
+        file=f"experts-{number:05d}.safetensors",
+        offset=0,
+        record_nbytes=end + -end % RECORD_ALIGNMENT,
+        tensors=tuple(tensors),
+        crc32=(),
+    )
+    return dataclasses.replace(entry, offset=len(header_of(record_entries(entry))[0]))
+
+
+def record_entries(entry: ExpertsEntry) -> "list[Entry]":
+    """The records of a layer's experts as its file has them."""
+    size = entry.record_nbytes
+    return [
+        Entry(name=f"{entry.module}.{expert}", dtype="U8", shape=(size,), nbytes=size)
+        for expert in range(entry.num_experts)
+    ]
 
 
 def balanced(
