@@ -15,15 +15,17 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarks import limits, report, routing
+from benchmarks import gguf_file, limits, report, routing, shapes
 from benchmarks import peer as llama
 from benchmarks.cells import Bench, Cell, floors
-from benchmarks.shapes import PAIRINGS, SHAPES, named
+from benchmarks.shapes import PAIRINGS, named
 from benchmarks.turns import TurnError
 from benchmarks.work import Work
 from greenroom import environment
 from greenroom.errors import ConfigError, GreenroomError
 
+SHAPES = {name: shape for name, shape in shapes.SHAPES.items() if shape.family in gguf_file.ARCHITECTURES}
+"""Those that both engines run."""
 _FULL: "dict[str, Any]" = {"shapes": list(SHAPES), "bits": ["4", "3", "2"], "fits": [0.5, 0.25], "rounds": 3}
 _QUICK: "dict[str, Any]" = {"shapes": ["qwen3-30b-a3b-12"], "bits": ["4"], "fits": [0.5], "rounds": 2}
 

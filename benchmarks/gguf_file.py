@@ -12,6 +12,8 @@ import numpy as np
 from benchmarks import routing
 from benchmarks.shapes import Shape
 
+ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}
+"""Families whose files can be written → llama.cpp's name."""
 _BLOCK = 256
 """Weights in a block of any K-quant."""
 _HALVES = {"Q4_K": (0, 2), "Q3_K": (108, None), "Q2_K": (80, 82)}
@@ -45,7 +47,7 @@ def bytes_per_token(path: Path, shape: Shape) -> int:
 
 
 def _write(path: Path, shape: Shape, quantisation: str) -> None:
-    writer = gguf.GGUFWriter(path, "llama" if shape.family == "mixtral" else "qwen3moe")
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[shape.family])
     _describe(writer, shape)
     tensors = dict(_tensors(shape, quantisation))
     for name, (size, kind, _) in tensors.items():

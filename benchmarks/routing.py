@@ -27,6 +27,8 @@ SIZE = 64.0
 """Root mean square of an embedding; see `ADDED`."""
 ADDED = 0.02
 """What one attention or experts block adds to the residual stream, relative to the embedding."""
+BIAS = 0.25
+"""A bias, relative to the products that it is added to: leaving it out shows, and tokens still choose the experts."""
 ROUTINGS = ("lifelike", "uniform")
 
 
@@ -63,3 +65,10 @@ def router(layer: int, experts: int, hidden: int) -> torch.Tensor:
 def deviation(cols: int, *, into_residual: bool) -> float:
     """Standard deviation of a weight matrix [rows, cols], so that outputs are of order 1, or ADDED · SIZE."""
     return (ADDED * SIZE if into_residual else 1.0) / math.sqrt(cols)
+
+
+def bias(count: int, generator: torch.Generator, *, into_residual: bool) -> torch.Tensor:
+    """bfloat16 [count], to be added to the products of a matrix of `deviation`. Routers' biases are zeros instead:
+    experts that all tokens want would hit more often than promised."""
+    scale = BIAS * deviation(1, into_residual=into_residual)
+    return (scale * torch.randn(count, generator=generator)).to(torch.bfloat16)

@@ -1,6 +1,7 @@
 """Shapes of published models, and the formats in which the two engines hold them."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from greenroom.errors import ConfigError
@@ -8,7 +9,7 @@ from greenroom.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of a Mixture-of-Experts model. `family` is transformers' model_type, qwen3_moe or mixtral."""
+    """The sizes of a Mixture-of-Experts model. `family` is transformers' model_type, one of `_OWN`."""
 
     name: str
     family: str
@@ -36,7 +37,6 @@ class Shape:
 
     def config(self) -> "dict[str, Any]":
         """What transformers' config.json says."""
-        own: dict[str, Any]
         common = {
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
@@ -51,18 +51,58 @@ class Shape:
             "tie_word_embeddings": False,
             "model_type": self.family,
         }
-        if self.family == "mixtral":
-            own = {"intermediate_size": self.intermediate, "num_local_experts": self.experts, "sliding_window": None}
-            return {**common, **own, "architectures": ["MixtralForCausalLM"]}
-        own = {
-            "moe_intermediate_size": self.intermediate,
-            "intermediate_size": 3 * self.hidden,  # of dense layers, of which there is none
-            "num_experts": self.experts,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-        }
-        return {**common, **own, "architectures": ["Qwen3MoeForCausalLM"]}
+        return {**common, **_OWN[self.family](self)}
+
+
+def _mixtral_config(shape: Shape) -> "dict[str, Any]":
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "intermediate_size": shape.intermediate,
+        "num_local_experts": shape.experts,
+        "sliding_window": None,
+    }
+
+
+def _qwen3_moe_config(shape: Shape) -> "dict[str, Any]":
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "moe_intermediate_size": shape.intermediate,
+        "intermediate_size": 3 * shape.hidden,  # of dense layers, of which there is none
+        "num_experts": shape.experts,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _gpt_oss_config(shape: Shape) -> "dict[str, Any]":
+    """As published but for the sizes: biases and sinks, a window in every other layer, positions stretched by YaRN."""
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "intermediate_size": shape.intermediate,
+        "num_local_experts": shape.experts,
+        "attention_bias": True,
+        "sliding_window": 128,
+        "layer_types": [("sliding_attention", "full_attention")[layer % 2] for layer in range(shape.layers)],
+        "swiglu_limit": 7.0,
+        "max_position_embeddings": 131072,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    }
+
+
+_OWN: "dict[str, Callable[[Shape], dict[str, Any]]]" = {
+    "mixtral": _mixtral_config,
+    "qwen3_moe": _qwen3_moe_config,
+    "gpt_oss": _gpt_oss_config,
+}
+"""Family → what its config.json has beside what all have."""
 
 
 def _qwen3(layers: int) -> Shape:
@@ -96,7 +136,23 @@ _MIXTRAL = Shape(
     norm_eps=1e-5,
 )
 
-SHAPES = {shape.name: shape for shape in (_qwen3(12), _qwen3(48), _MIXTRAL)}
+_GPT_OSS = Shape(
+    name="gpt-oss-20b-24",
+    family="gpt_oss",
+    layers=24,
+    hidden=2880,
+    intermediate=2880,
+    experts=32,
+    top_k=4,
+    heads=64,
+    kv_heads=8,
+    head_dim=64,
+    vocab=201088,
+    rope_theta=150000.0,
+    norm_eps=1e-5,
+)
+
+SHAPES = {shape.name: shape for shape in (_qwen3(12), _qwen3(48), _MIXTRAL, _GPT_OSS)}
 """Name on the command line → shape; the last number is how many of the model's layers there are."""
 
 

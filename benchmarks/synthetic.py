@@ -30,7 +30,7 @@ from greenroom.packed import (
     write_file,
 )
 from greenroom.packing import experts_entry, record_entries
-from greenroom.quant import Format, Layout
+from greenroom.quant import Format, Layout, quantize_into
 
 _DENSE = Format.of(4, 64)
 _HALF = "bfloat16"
@@ -85,6 +85,7 @@ class _Writer:
         self.model = seam.skeleton(seam.load_config(folder))
         self.modules = seam.experts_modules(self.model)
         self.files: dict[str, FileEntry] = {}
+        self.random = torch.Generator().manual_seed(0)
 
     def write(self) -> None:
         experts = [experts_entry(n, module, self.format, _HALF) for n, module in enumerate(self.modules)]
@@ -113,7 +114,12 @@ class _Writer:
             for _ in range(entry.num_experts):
                 record = self.pool.take(entry.record_nbytes)
                 for tensor in entry.tensors:
-                    _scale(tensor.part(record), tensor.rows, tensor.cols, tensor.format, "down" in tensor.name)
+                    part, into_residual = tensor.part(record), "down" in tensor.name
+                    if tensor.name.endswith("_bias"):
+                        bias = routing.bias(tensor.cols, self.random, into_residual=into_residual)
+                        quantize_into(bias[None], tensor.format, part)
+                    else:
+                        _scale(part, tensor.rows, tensor.cols, tensor.format, into_residual)
                 yield byte_view(record)
 
         return dataclasses.replace(entry, crc32=tuple(self._write_file(entry.file, record_entries(entry), records())))
@@ -170,15 +176,19 @@ class _Writer:
         return made
 
     def _plain(self, name: str) -> torch.Tensor:
-        """Embedding, routers, and norms of ones."""
+        """Embedding, routers with biases of zero, norms of ones; the biases of attention, and its sinks."""
         size = tuple(seam.tensor(self.model, name).shape)
         if size == (self.shape.vocab, self.shape.hidden):
             return routing.embedding(*size)
         if size == (self.shape.experts, self.shape.hidden):
             layer = next(int(part) for part in name.split(".") if part.isdigit())
             return routing.router(layer, *size)
-        assert len(size) == 1, f"{name} {size} is no norm"
-        return torch.ones(size, dtype=torch.bfloat16)
+        assert len(size) == 1, f"{name} {size} is neither norm nor bias"
+        if name.endswith("norm.weight"):
+            return torch.ones(size, dtype=torch.bfloat16)
+        if name.endswith("router.bias"):
+            return torch.zeros(size, dtype=torch.bfloat16)
+        return routing.bias(size[0], self.random, into_residual=name.endswith("o_proj.bias"))
 
     def _write_file(self, name: str, entries: "list[Entry]", data: "Iterator[memoryview]") -> "list[int]":
         checksums = write_file(self.folder / name, entries, data)
