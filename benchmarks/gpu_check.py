@@ -12,10 +12,9 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 
-from benchmarks.kernels import Model, layout
-from greenroom.kernels import Activation, ExpertTask, device, reference
+from benchmarks.kernels import Model, in_turns, layout
+from greenroom.kernels import ExpertTask, device, reference
 from greenroom.packed import RecordTensor
 from greenroom.quant import Format, quantize
 
@@ -26,11 +25,12 @@ FORMATS += [Format(bits=16, group_size=0, dtype=dtype) for dtype in ("bfloat16",
 FORMATS = list(dict.fromkeys(FORMATS))
 ALLOWED = {torch.float32: 3e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """In float16 weights, activations and what lies between the products are rounded: 5e-4 to 2e-3 at these sizes."""
-SWIGLU = Activation(gate=lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], kind="silu_and_mul")
 ODD = Model("odd", 328, 203, 3)
 """Neither whole blocks nor whole tiles."""
 EVEN = Model("even", 512, 256, 2)
 """Sizes that are multiples of 16, for which Triton compiles other code: that of real models."""
+TURNS = Model("turns", 328, 203, 3, in_turns(1.0), biased=True)
+"""Biases and gpt-oss's gate, with clamps that are met."""
 TOKENS = (1, 7, 40)
 
 
@@ -53,10 +53,14 @@ class Checked:
 def records(model: Model, format: Format, count: int, on: torch.device) -> "tuple[torch.Tensor, list[RecordTensor]]":
     """uint8 [count, record_nbytes] of random experts, and their layout."""
     its = layout(model, format)
-    made = [
-        torch.cat([quantize(torch.randn(t.rows, t.cols) / t.cols**0.5, t.format) for t in its]) for _ in range(count)
-    ]
+    made = [torch.cat([quantize(_random(tensor), tensor.format) for tensor in its]) for _ in range(count)]
     return torch.stack(made).to(on), its
+
+
+def _random(tensor: RecordTensor) -> torch.Tensor:
+    """Products, and biases, of order 1."""
+    weight = torch.randn(tensor.rows, tensor.cols)
+    return weight if tensor.rows == 1 else weight / tensor.cols**0.5
 
 
 def check(
@@ -69,20 +73,20 @@ def check(
     x = torch.randn(most, model.hidden, device=on).to(dtype)
     slots = torch.stack([torch.randperm(experts)[: model.top_k] for _ in range(most)]).to(on, torch.int32)
     weights = torch.rand(most, model.top_k, device=on)
-    wanted = torch.stack([_pair(x, arena, its, t, slot) for t, row in enumerate(slots.tolist()) for slot in row])
+    wanted = torch.stack([_pair(model, x, arena, its, t, slot) for t, row in enumerate(slots.tolist()) for slot in row])
     wanted = wanted.view(most, model.top_k, -1)
     total = (wanted * weights.unsqueeze(-1)).sum(1)
     named = {"model": model.name, "format": format.name, "dtype": str(dtype).removeprefix("torch.")}
     for count in tokens:
         if count <= device.MOST_TOKENS:
-            out = device.token(x[:count], arena, slots[:count], weights[:count], its, SWIGLU.kind)
+            out = device.token(x[:count], arena, slots[:count], weights[:count], its, model.activation.kind)
             yield Checked(kernel=f"token {count}", error=_error(out, total[:count]), **named)
     out = torch.full((most * model.top_k, model.hidden), float("nan"), device=on)
     flat = slots.flatten()
     order = flat.argsort(stable=True)
     ends = flat.long().bincount(minlength=experts).cumsum(0).tolist()
     spans = [device.Span(e, s, end - s) for e, (s, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > s]
-    device.prompt(x, arena, spans, (order // model.top_k).to(torch.int32), its, SWIGLU.kind, out)
+    device.prompt(x, arena, spans, (order // model.top_k).to(torch.int32), its, model.activation.kind, out)
     yield Checked(kernel="prompt", error=_error(out, wanted.flatten(0, 1)[order]), **named)
     places = order.argsort().view(most, model.top_k).to(torch.int32)
     yield Checked(kernel="combine", error=_error(device.combine(out, places, weights), total), **named)
@@ -92,9 +96,11 @@ def check(
     yield Checked(kernel="linear", error=_error(out.float(), exact), **named)
 
 
-def _pair(x: torch.Tensor, arena: torch.Tensor, its: "list[RecordTensor]", t: int, slot: int) -> torch.Tensor:
+def _pair(
+    model: Model, x: torch.Tensor, arena: torch.Tensor, its: "list[RecordTensor]", t: int, slot: int
+) -> torch.Tensor:
     task = ExpertTask(arena[slot], torch.tensor([t], device=x.device))
-    return reference.experts(x.float(), [task], its, SWIGLU)[0][0]
+    return reference.experts(x.float(), [task], its, model.activation)[0][0]
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -106,7 +112,8 @@ def cases(small: bool) -> "list[tuple[Model, Format, torch.dtype]]":
     if small:
         return [(ODD, format, torch.float16) for format in FORMATS[:3]]
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    return [(model, format, dtype) for format in FORMATS for dtype in dtypes for model in (EVEN, ODD)]
+    models = {format: (EVEN, ODD, TURNS) if format in FORMATS[:3] else (EVEN, ODD) for format in FORMATS}
+    return [(model, format, dtype) for format in FORMATS for dtype in dtypes for model in models[format]]
 
 
 def main() -> int:

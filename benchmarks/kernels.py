@@ -25,19 +25,6 @@ FORMATS = [(4, 64), (3, 64), (2, 16), (4, 32), (2, 64), (8, 64), (16, 0)]
 """bits, group size; the first three are the defaults"""
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A layer's experts: `top_k` of them a token."""
-
-    name: str
-    hidden: int
-    inner: int
-    top_k: int
-
-
-MODELS = [Model("Mixtral 8x7B", 4096, 14336, 2), Model("Qwen3 30B A3B", 2048, 768, 8)]
-
-
 def swiglu(hidden: torch.Tensor) -> torch.Tensor:
     """silu(gate) · up."""
     gate, up = hidden.chunk(2, dim=-1)
@@ -47,24 +34,72 @@ def swiglu(hidden: torch.Tensor) -> torch.Tensor:
 SWIGLU = Activation(gate=swiglu, kind="silu_and_mul")
 
 
+def in_turns(limit: float) -> Activation:
+    """gpt-oss's: gate and up in turns, clamped to `limit`."""
+
+    def gate(hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = hidden[..., ::2].clamp(max=limit), hidden[..., 1::2].clamp(-limit, limit)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+    return Activation(gate=gate, kind=f"swigluoai_interleaved:1.702:{limit}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A layer's experts: `top_k` of them a token; `biased`: both products have biases."""
+
+    name: str
+    hidden: int
+    inner: int
+    top_k: int
+    activation: Activation = SWIGLU
+    biased: bool = False
+
+
+MODELS = [
+    Model("Mixtral 8x7B", 4096, 14336, 2),
+    Model("Qwen3 30B A3B", 2048, 768, 8),
+    Model("gpt-oss 20B", 2880, 2880, 4, in_turns(7.0), biased=True),
+]
+
+
 def layout(model: Model, format: Format) -> "list[RecordTensor]":
-    """The two matrices of an expert's record."""
-    first = RecordTensor(name="gate_up_proj", rows=2 * model.inner, cols=model.hidden, offset=0, format=format)
-    second = RecordTensor(name="down_proj", rows=model.hidden, cols=model.inner, offset=first.nbytes, format=format)
-    return [first, second]
+    """The two matrices of an expert's record, then their biases where it has them."""
+    sizes = [("gate_up_proj", 2 * model.inner, model.hidden), ("down_proj", model.hidden, model.inner)]
+    wanted = [(*size, format) for size in sizes]
+    if model.biased:
+        wanted += [(f"{name}_bias", 1, rows, Format(bits=16, group_size=0)) for name, rows, _ in sizes]
+    its: list[RecordTensor] = []
+    for name, rows, cols, own in wanted:
+        offset = its[-1].offset + its[-1].nbytes if its else 0
+        its.append(RecordTensor(name=name, rows=rows, cols=cols, offset=offset, format=own))
+    return its
+
+
+def record_nbytes(its: "list[RecordTensor]") -> int:
+    """With what makes it whole pages."""
+    return -(-(its[-1].offset + its[-1].nbytes) // 4096) * 4096
+
+
+def tame(record: torch.Tensor, its: "list[RecordTensor]") -> None:
+    """Give a record of random bytes scales that keep its products small, and biases of zero."""
+    for tensor in its:
+        part = tensor.part(record)
+        if tensor.name.endswith("_bias"):
+            part.zero_()
+        elif tensor.format.bits != 16:
+            params = torch.tensor([0.01, 1e-4, 1.0, 0.01], dtype=torch.bfloat16, device=record.device)
+            Layout(tensor.rows, tensor.cols, tensor.format).view(part, "row_params")[:] = params
 
 
 def records(its: "list[RecordTensor]", nbytes: int) -> "list[torch.Tensor]":
     """Random codes with tame scales, about `nbytes` in all."""
-    size = -(-(its[1].offset + its[1].nbytes) // 4096) * 4096
+    size = record_nbytes(its)
     count = max(2, nbytes // size)
     arena = Arena(count, size)
     memory = [arena.record(number) for number in range(count)]
     memory[0].random_(0, 256)
-    if its[0].format.bits != 16:
-        for tensor in its:
-            shape = Layout(tensor.rows, tensor.cols, tensor.format)
-            shape.view(tensor.part(memory[0]), "row_params")[:] = torch.tensor([0.01, 1e-4, 1.0, 0.01])
+    tame(memory[0], its)
     for other in memory[1:]:
         other.copy_(memory[0])
     return memory
@@ -94,7 +129,7 @@ def rotate(model: Model, its: "list[RecordTensor]", made: "list[torch.Tensor]", 
     floor = ram_bandwidth()
     start = time.perf_counter()
     for tasks in calls:
-        experts(x, tasks, its, SWIGLU)
+        experts(x, tasks, its, model.activation)
     seconds = time.perf_counter() - start
     read = sum(tensor.nbytes for tensor in its)
     return Trial(floor, seconds / len(calls), read * model.top_k)
@@ -124,7 +159,7 @@ def measure(model: Model, format: Format, options: argparse.Namespace) -> "dict[
     if options.reference:
         x, task = torch.randn(options.tokens, model.hidden), ExpertTask(made[0], torch.arange(options.tokens))
         start = time.perf_counter()
-        reference.experts(x, [task], its, SWIGLU)
+        reference.experts(x, [task], its, model.activation)
         found["of_reference"] = round((time.perf_counter() - start) * model.top_k / seconds, 1)
     return found
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,14 +16,19 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import gpu_check, gpu_kernels, gpu_peers, gpu_suite
-from benchmarks.kernels import Model
+from benchmarks.kernels import MODELS, Model, in_turns, layout
+from benchmarks.shapes import SHAPES
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from greenroom import seam
 from greenroom.kernels import device
 from greenroom.kernels.gpu import launch
+from greenroom.packing import experts_entry
 from greenroom.quant import Format
 
 CPU = torch.device("cpu")
 TINY = Model("tiny", 64, 32, 2)
+TURNS = dataclasses.replace(TINY, activation=in_turns(1.0), biased=True)
 pytestmark = pytest.mark.skipif(bool(device.unusable("cpu")), reason=device.unusable("cpu"))
 
 
@@ -52,12 +58,37 @@ def test_floors() -> None:
     assert found["matmul_tflops"] == pytest.approx(2 * 64**3 / 1e-3 / 1e12)
 
 
-@pytest.mark.parametrize("variant,tokens", [("", 1), ("together", 2), ("rows 32", 1)])
-def test_decode(variant: str, tokens: int) -> None:
+TRUE_SHAPES = ("mixtral-8x7b-4", "qwen3-30b-a3b-48", "gpt-oss-20b-24")
+
+
+@pytest.mark.parametrize("model,name", list(zip(MODELS, TRUE_SHAPES, strict=True)))
+def test_kernels_are_timed_on_true_shapes(tmp_path: Path, model: Model, name: str) -> None:
+    shape = SHAPES[name]
+    (tmp_path / "config.json").write_text(json.dumps(shape.config()))
+    skeleton = seam.skeleton(seam.load_config(tmp_path))
+    experts = seam.experts_modules(skeleton)[0]
+    entry = experts_entry(0, experts, Format.of(4), "bfloat16")
+    assert layout(model, Format.of(4)) == list(entry.tensors)
+    assert layout(dataclasses.replace(model, biased=not model.biased), Format.of(4)) != list(entry.tensors)  # control
+    assert (model.top_k, gpu_kernels.EXPERTS[model.name]) == (shape.top_k, entry.num_experts)
+    assert model.activation.kind == seam.activation_kind(skeleton.get_submodule(experts.name))
+
+
+def test_gpt_oss_s_gate_is_transformers() -> None:
+    family, x = SimpleNamespace(alpha=1.702, limit=7.0), 9 * torch.randn(5, 64)
+    wanted = GptOssExperts._apply_gate(family, x)
+    assert torch.equal(MODELS[-1].activation.gate(x), wanted)
+    assert not torch.equal(in_turns(6.0).gate(x), wanted)  # the control
+
+
+@pytest.mark.parametrize(
+    "model,variant,tokens", [(TINY, "", 1), (TINY, "together", 2), (TINY, "rows 32", 1), (TURNS, "together", 2)]
+)
+def test_decode(model: Model, variant: str, tokens: int) -> None:
     before = launch.FEW_TOKENS, launch.ROWS
-    line = gpu_kernels.decode(OnceClock(), CPU, 10.0, TINY, Format.of(4), tokens, 1, variant)
+    line = gpu_kernels.decode(OnceClock(), CPU, 10.0, model, Format.of(4), tokens, 1, variant)
     assert before == (launch.FEW_TOKENS, launch.ROWS)
-    its = gpu_kernels.arena(TINY, Format.of(4), 1, CPU)[1]
+    its = gpu_kernels.arena(model, Format.of(4), 1, CPU)[1]
     routes = gpu_kernels.routes(tokens, 2, 4, 8, 1, CPU)
     each = sum(len(set(slots.flatten().tolist())) for slots in routes) / 8
     assert line["gb_per_s"] == pytest.approx(each * sum(tensor.nbytes for tensor in its) / 1e-3 / 1e9)
@@ -81,6 +112,18 @@ def test_the_check_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "token", lambda x, *others: token(x.roll(1, 1), *others))  # negative control
     found = list(gpu_check.check(Format.of(4), torch.float16, (1, 3, 20), CPU, model))
     assert [one.right for one in found] == [False, False, True, True, True]
+
+
+def test_the_check_sees_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(one.right for one in gpu_check.check(Format.of(4), torch.float16, (2,), CPU, TURNS))
+    token = device.token
+
+    def unbiased(x: torch.Tensor, arena: torch.Tensor, slots: Any, weights: Any, its: Any, kind: str) -> torch.Tensor:
+        return token(x, arena, slots, weights, its[:2], kind)
+
+    monkeypatch.setattr(device, "token", unbiased)  # negative control
+    found = gpu_check.check(Format.of(4), torch.float16, (2,), CPU, TURNS)
+    assert [one.right for one in found] == [False, True, True, True]
 
 
 def test_a_part_that_fails_leaves_the_others() -> None:
@@ -160,7 +203,7 @@ def test_what_checks_found_before_they_failed_or_were_stopped(monkeypatch: pytes
 
 def test_every_case_is_a_part_of_one_process() -> None:
     every = gpu_check.cases(small=False)
-    assert every[0][0] is gpu_check.EVEN and len(every) == 6 * len(gpu_check.FORMATS) == len(set(every))
+    assert every[0][0] is gpu_check.EVEN and len(every) == 6 * len(gpu_check.FORMATS) + 9 == len(set(every))
     assert len(gpu_check.cases(small=True)) == 3
 
 
