@@ -28,6 +28,7 @@ MODELS = {
     "small": Model(dataclasses.replace(_MIXTRAL, name="small", vocab=600, **_SMALL), "2"),
     "mixtral-8x7b-2bit": Model(_MIXTRAL, "2", 8),
     "qwen3-30b-a3b-4bit": Model(SHAPES["qwen3-30b-a3b-48"], "4", 12),
+    "gpt-oss-20b-4bit": Model(SHAPES["gpt-oss-20b-24"], "4", 6),
     "mixtral-8x7b-3bit": Model(_MIXTRAL, "3", 8),
 }
 """By folder and name in the result. The small one's layers take a device no time: what is measured is the host."""

@@ -18,10 +18,12 @@ from greenroom.device import FakeDevice
 SIZES: "dict[str, Any]" = {"hidden": 128, "intermediate": 128, "heads": 2, "kv_heads": 1, "head_dim": 64, "vocab": 600}
 MIXTRAL = Model(dataclasses.replace(SHAPES["mixtral-8x7b-4"], layers=2, **SIZES), "2", 1)
 QWEN3 = Model(dataclasses.replace(SHAPES["qwen3-30b-a3b-48"], layers=2, experts=16, **SIZES), "4", 1)
-TINY = {"small": MIXTRAL, "mixtral": MIXTRAL, "qwen3": QWEN3}
+GPT_OSS = Model(dataclasses.replace(SHAPES["gpt-oss-20b-24"], layers=2, experts=8, **SIZES), "4", 1)
+TINY = {"small": MIXTRAL, "mixtral": MIXTRAL, "qwen3": QWEN3, "gpt-oss": GPT_OSS}
 ROWS = {
     "mixtral": [("full", 2, GB), (paper.DEFAULTS, 2, GB), ("naive", 2, GB), ("without cache and prefetch", 2, GB)],
     "qwen3": [("full", 4, GB)],
+    "gpt-oss": [("full", 4, GB), ("naive", 4, GB)],
 }
 
 
@@ -36,8 +38,8 @@ def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name, model in TINY.items():
         gpu_models.write(tmp_path / name, model)
     gpu_tier.measure(tier, models, FakeDevice(nbytes=13 << 30, link_bytes_per_s=1e9), ROWS)
-    assert kept == [0, 1, 2, 3, 4, 4, 5] and not found["failed"] and not found["cut"]  # kept at once
-    assert found["link_bytes_per_s"] == pytest.approx(1e9) and len(found["seconds"]) == 7
+    assert kept == [0, 1, 2, 3, 4, 4, 5, 6, 7] and not found["failed"] and not found["cut"]  # kept at once
+    assert found["link_bytes_per_s"] == pytest.approx(1e9) and len(found["seconds"]) == 9
     assert set(found["host"]["us_per_layer"]) == {"read back", "ahead", "graphs"}
     assert found["host"]["same_bits"] and found["host"]["captured"].endswith("as graphs")
     assert found["prompt"]["link_s"] > 0 and found["prompt"]["streamed_s"] >= found["prompt"]["link_s"] * 0.99
@@ -46,7 +48,7 @@ def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(rows) == [(name, case[0]) for name, cases in ROWS.items() for case in cases]
     assert rows["mixtral", "full"]["slots"] == 2 and rows["mixtral", paper.DEFAULTS]["slots"] == 8
     assert rows["mixtral", "full"]["vram"] == GB and all(row["bytes_read_per_token"] == 0 for row in rows.values())
-    assert len(json.loads(json.dumps(found))["rows"]) == 5
+    assert len(json.loads(json.dumps(found))["rows"]) == 7
 
 
 def test_models_are_written_in_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
