@@ -182,7 +182,7 @@ def _kernels(events: "Sequence[Any]", each: float, most: int) -> "list[str]":
 def _graphs(going: Decoding) -> "list[str]":
     """All layers' graphs one after another, without the host in between."""
     assert going.engine.steps is not None
-    graphs = [layer._graph.captured for layer in going.engine.steps._tokens if layer._graph is not None]
+    graphs = [graph.captured for graph in going.engine.steps.captured if graph is not None]
     going.wait()
     start_s = time.perf_counter()
     for graph in graphs:

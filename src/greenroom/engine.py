@@ -22,7 +22,7 @@ from greenroom.kernels import native, over_slots
 from greenroom.layer_steps import LayerSteps
 from greenroom.machine import available_memory
 from greenroom.metrics import Metrics, process_memory
-from greenroom.model import build, routers
+from greenroom.model import MappedEmbedding, build, routers
 from greenroom.packed import PackedModel
 from greenroom.placement import Placement
 from greenroom.prefetch import AUTOMATIC, Prefetcher
@@ -30,6 +30,7 @@ from greenroom.runner import ExpertRunner
 from greenroom.sizes import format_bytes
 from greenroom.store import Arena, DiskStore, Store
 from greenroom.tiers import DeviceArena, Link, TierTransfer
+from greenroom.token_model import TokenModel
 from greenroom.transfer import Transfer
 
 
@@ -81,10 +82,15 @@ class Engine:
         self.runner = self._on_cpu() if self.device is None else self._on_device(self.device, slots_kernel)
         self.decode = DecodeStep(self.model.base_model, self.runner.token, self.runner, rough)
         self.steps: LayerSteps | None = None
+        self.around: TokenModel | None = None
         if isinstance(self.runner, DeviceRunner) and self.device is not None:
             self.decode.enabled = False
             names = [entry.module for entry in packed.manifest.experts]
-            self.steps = LayerSteps(seam.stacked_layers(self.model, names), self.runner, self.device, self._shrink)
+            layers = seam.stacked_layers(self.model, names)
+            self.steps = LayerSteps(layers, self.runner, self.device, self._shrink)
+            if (owner := seam.owner(self.model, layers)) is not None:
+                embeddings = [one for one in owner.modules() if isinstance(one, MappedEmbedding)]
+                self.around = TokenModel(owner, self.steps, self.device, embeddings)
         self.model.greenroom = self
         seam.load_generation_config(self.model, packed.folder)
 
@@ -187,7 +193,9 @@ class Engine:
         """Where missed experts are computed, what is guessed and captured, and why, for people; empty where there is
         no choice."""
         placement = self.runner.placement if isinstance(self.runner, DeviceRunner) else ""
-        return "; ".join(filter(None, map(str, (placement, self.runner.speculation, self.steps or ""))))
+        return "; ".join(
+            filter(None, map(str, (placement, self.runner.speculation, self.steps or "", self.around or "")))
+        )
 
     def metrics(self) -> Metrics:
         """A copy of the running totals."""
@@ -212,6 +220,8 @@ class Engine:
         self._history = None
         if self.steps is not None:
             self.steps.forget()
+        if self.around is not None:
+            self.around.forget()
         self._transfer.close()
         self._store.close()
         if self.device is not None:

@@ -6,7 +6,7 @@ that layer and the one after are taken again. What is launched ahead is captured
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from transformers.cache_utils import DynamicCache
 
 from greenroom.device import Device
 from greenroom.device_runner import DeviceRunner, SentCall
-from greenroom.static_kv import NotServedError, only_grows
-from greenroom.token_layers import Inputs, Sights, Token, TokenLayer
+from greenroom.static_kv import NotServedError, StaticLayer, Window, only_grows
+from greenroom.token_layers import Arguments, Graph, Inputs, Sights, Token, TokenLayer, hidden_of
 
 _STEADY = 0.95
 """The share of layers that found all their experts, from which on layers are launched ahead: where they are not
@@ -46,10 +46,10 @@ class LayerSteps:
     def __init__(
         self, layers: "list[nn.Module]", runner: DeviceRunner, device: Device, shrink: "Callable[[], None]"
     ) -> None:
-        self._runner, self._shrink = runner, shrink
+        self.layers, self._runner, self._shrink = layers, runner, shrink
         self._count = len(layers)
-        self._inputs, sights = Inputs(), Sights(device.place)
-        self._tokens = [TokenLayer(layer, device, runner, self._inputs, sights) for layer in layers]
+        self._inputs, self._sights = Inputs(), Sights(device.place)
+        self._tokens = [TokenLayer(layer, device, runner, self._inputs, self._sights) for layer in layers]
         self._previous: _Launched | None = None
         self._last_out: Any = None
         self._chained, self._passes_on = -1, False
@@ -81,7 +81,7 @@ class LayerSteps:
             if number == 0:
                 self._begin()
             else:
-                self._chained += hidden is _first(self._last_out)
+                self._chained += hidden is hidden_of(self._last_out)
             try:
                 launched = self._advance(
                     number, hidden, self._token(number, hidden, args, kwargs) or plain(args, kwargs)
@@ -163,6 +163,66 @@ class LayerSteps:
             out = way()
         return _Launched(way, out, self._runner.send(calls))
 
+    # --- tokens that repeat all layers' graphs: what those are given is put in its place by somebody else
+
+    @property
+    def observed(self) -> bool:
+        """Whether somebody looks at the calls for experts."""
+        return self._runner.observer is not None
+
+    @property
+    def captured(self) -> "list[Graph | None]":
+        """Each layer's graph, or None."""
+        return [token.graph for token in self._tokens]
+
+    @property
+    def rooms(self) -> "list[int]":
+        """Positions that each layer has room for."""
+        return [token.room for token in self._tokens]
+
+    @property
+    def last(self) -> torch.Tensor:
+        """Where the last layer's graph leaves its hidden states."""
+        graph = self._tokens[-1].graph
+        assert graph is not None
+        return hidden_of(graph.captured.result[0])
+
+    def given(self) -> "list[torch.Tensor]":
+        """Memory that graphs read."""
+        return self._inputs.memory() + self._sights.memory()
+
+    def forget_given(self) -> None:
+        """Somebody else writes what graphs read: copy anew what layers are given."""
+        self._inputs.forget()
+        self._sights.forget()
+
+    def enter(
+        self, number: int, args: "tuple[Any, ...]", kwargs: Arguments, position: torch.Tensor, window: Window
+    ) -> Any:
+        """See `TokenLayer.enter`."""
+        return self._tokens[number].enter(args, kwargs, position, window)
+
+    def again(self, cache: DynamicCache, length: int) -> "list[StaticLayer] | None":
+        """The cache's layers, if the token after `length` may repeat all graphs."""
+        found = []
+        for token in self._tokens:
+            layer = token.again(cache, length)
+            if layer is None:
+                return None
+            found.append(layer)
+        return found
+
+    def repeat(self, layers: "Sequence[StaticLayer]", length: int) -> torch.Tensor:
+        """What the last layer gives for the token after `length`; at `last`, if no graph had to be given up."""
+        self._begin()
+        places = [graph.places for graph in self.captured if graph is not None]
+        hidden: torch.Tensor = places[0].args[0]
+        for number, token in enumerate(self._tokens):
+            way = token.known(places[number], layers[number], length, hidden)
+            hidden = hidden_of(self._advance(number, hidden, way).out)
+        self._chained = self._count - 1
+        return hidden
+
     def forget(self) -> None:
         """Give up what was captured: it reads slots that are no more."""
         for token in self._tokens:
@@ -190,17 +250,12 @@ class LayerSteps:
             return True
         launched.way.restore()
         right = self._take(launched.way, ahead=False)
-        _first(launched.out).copy_(_first(right.out))
+        hidden_of(launched.out).copy_(hidden_of(right.out))
         return False
 
 
 def _is_token(hidden: Any) -> bool:
     return isinstance(hidden, torch.Tensor) and hidden.shape[:-1] == (1, 1)
-
-
-def _first(out: Any) -> Any:
-    """The hidden states among what a layer gives."""
-    return out[0] if isinstance(out, tuple) else out
 
 
 class _Plain:

@@ -10,7 +10,7 @@ Room grows with the position, and nothing else: so do the shapes that attention 
 
 import weakref
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import cache_utils
@@ -90,6 +90,18 @@ class StaticKV:
         self._owner = weakref.ref(layer)
         layer.lend(self)
 
+    def holds(self, layer: Any, length: int) -> bool:
+        """Whether they are those of a cache's layer, and there is room for the token after `length`."""
+        owner = self._owner() if self._owner is not None else None
+        return (
+            owner is not None
+            and owner is layer
+            and owner.is_lent_to(self)
+            and owner.get_seq_length() == length
+            and self.room == room_for(length, owner.window)
+            and not getattr(owner, "record_past", False)
+        )
+
     def pair(self, layer: "StaticLayer") -> "tuple[torch.Tensor, torch.Tensor]":
         """Copies of what the layer remembers: keys and values [1, heads, n, dim], in order of their positions."""
         length = layer.lent_length
@@ -121,6 +133,19 @@ def lasting() -> "AbstractContextManager[None]":
 def _places(length: int, held: int, room: int, on: torch.device) -> torch.Tensor:
     """Where the last `held` of `length` positions lie, int64 [held]."""
     return torch.arange(length - held, length, device=on) % room
+
+
+class Window(NamedTuple):
+    """What a token sees of a layer's keys and values."""
+
+    size: "int | None"
+    """positions, itself included; None for all"""
+    full: bool
+    """whether there are so many"""
+
+    def at(self, length: int) -> "Window":
+        """The same after `length` tokens."""
+        return Window(self.size, self.size is not None and length + 1 >= self.size)
 
 
 class StaticLayer:

@@ -15,7 +15,7 @@ from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, tree_flatten, tree_ma
 
 from greenroom.device import Captured, CaptureError, Device
 from greenroom.device_runner import AheadCall, DeviceRunner, SentCall, sent_calls, told_by
-from greenroom.static_kv import NotServedError, StaticKV, StaticLayer, adopt, lasting, unfit
+from greenroom.static_kv import NotServedError, StaticKV, StaticLayer, Window, adopt, lasting, unfit
 
 Arguments = dict[str, Any]
 _PLAIN = (bool, int, float, str, tuple, TreeSpec)
@@ -43,6 +43,10 @@ class _Fixed:
         self.source, self._version = value, version
         return True
 
+    def forget(self) -> None:
+        """Somebody else writes the memory: what is taken next is copied."""
+        self.source = None
+
 
 class Inputs:
     """Fixed memory for what layers are given: what several of them get in a token is copied once."""
@@ -62,11 +66,45 @@ class Inputs:
 
     def keep(self, tensor: torch.Tensor) -> None:
         """A tensor that stays where it is."""
-        self._all.append(_Fixed(tensor))
+        if all(tensor is not one.memory for one in self._all):
+            self._all.append(_Fixed(tensor))
+
+    def forget(self) -> None:
+        """Copy anew whatever is taken next."""
+        for fixed in self._all:
+            fixed.forget()
+
+    def memory(self) -> "list[torch.Tensor]":
+        """All of it."""
+        return [fixed.memory for fixed in self._all]
 
     def clear(self) -> None:
         """Nothing is used any more."""
         self._all.clear()
+
+
+class Places:
+    """Fixed memory for a call's arguments: `args` and `kwargs` with each tensor as the memory that it is copied to."""
+
+    def __init__(self, inputs: Inputs, args: "tuple[Any, ...]", kwargs: Arguments) -> None:
+        self._names = (len(args), *kwargs)
+        self.leaves = [
+            inputs.hold(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in _leaves((*args, *kwargs.values()))
+        ]
+        """of the arguments, in order"""
+        self.args, self.kwargs = tree_map_only(torch.Tensor, lambda tensor: inputs.hold(tensor).memory, (args, kwargs))
+
+    def take(self, args: "tuple[Any, ...]", kwargs: Arguments) -> bool:
+        """Copy the arguments' tensors to where they are read; False where they are others than these were made for."""
+        leaves = _leaves((*args, *kwargs.values()))
+        if len(leaves) != len(self.leaves) or (len(args), *kwargs) != self._names:
+            return False
+        for leaf, known in zip(leaves, self.leaves, strict=True):
+            if leaf is known:
+                continue
+            if not (known.take(leaf) if isinstance(known, _Fixed) else isinstance(leaf, _PLAIN) and leaf == known):
+                return False
+        return True
 
 
 class _Sight:
@@ -75,7 +113,11 @@ class _Sight:
     def __init__(self, room: int, slot: torch.Tensor) -> None:
         self.room, self.slot = room, slot
         self.mask = torch.empty(0)
-        self._shown: tuple[int, Any] = (-1, None)
+        self._shown: tuple[Any, Any] = (-1, None)
+
+    def forget(self) -> None:
+        """Show anew, whatever is shown next."""
+        self._shown = (-1, None)
 
     def show(self, length: int, mask: "torch.Tensor | None", like: torch.Tensor) -> None:
         """Of `length` positions before the token those that `mask` [1, heads, 1, n] lets it see: its last is the
@@ -98,6 +140,20 @@ class _Sight:
         self.slot.fill_(length % self.room)
         self._shown = (length, mask)
 
+    def follow(self, position: torch.Tensor, mask: "torch.Tensor | None", full: bool) -> None:
+        """The same on the device, after as many tokens as `position` int64 [1] says there. A mask shows as much as
+        there is room for, of a ring that is not `full` or of all in the order of positions, or of one that is."""
+        if self._shown[0] is position and self._shown[1] is mask:
+            return
+        places = torch.arange(self.room, device=position.device)
+        if mask is None:
+            self.mask.fill_(torch.finfo(self.mask.dtype).min).masked_fill_(places <= position, 0.0)
+        else:
+            shown = mask.index_select(-1, (places - position - 1) % self.room) if full else mask
+            self.mask[..., : shown.shape[-1]].copy_(shown)
+        self.slot.copy_(position % self.room)
+        self._shown = (position, mask)
+
 
 class Sights:
     """One for each room and window; layers share them."""
@@ -114,29 +170,25 @@ class Sights:
                 self._all[key] = _Sight(room, torch.zeros(1, dtype=torch.int64, device=self._place))
         return self._all[key]
 
+    def forget(self) -> None:
+        """Show anew, whatever is shown next."""
+        for sight in self._all.values():
+            sight.forget()
+
+    def memory(self) -> "list[torch.Tensor]":
+        """All that they show is there."""
+        return [tensor for sight in self._all.values() for tensor in (sight.mask, sight.slot)]
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Graph:
+class Graph:
+    """A layer captured for one token."""
+
     captured: Captured
     state: "tuple[Any, ...]"
-    names: "tuple[Any, ...]"
-    """how many arguments have none, and those of the others"""
-    leaves: "list[Any]"
-    """of the arguments, each tensor's as the memory that it is copied to"""
+    places: Places
     calls: "list[SentCall]"
     """with the event of no replay"""
-
-    def take(self, args: "tuple[Any, ...]", kwargs: Arguments) -> bool:
-        """Copy the arguments' tensors to where they are read; False where they are others than were captured."""
-        leaves = _leaves((*args, *kwargs.values()))
-        if len(leaves) != len(self.leaves) or (len(args), *kwargs) != self.names:
-            return False
-        for leaf, known in zip(leaves, self.leaves, strict=True):
-            if leaf is known:
-                continue
-            if not (known.take(leaf) if isinstance(known, _Fixed) else isinstance(leaf, _PLAIN) and leaf == known):
-                return False
-        return True
 
 
 def _leaves(values: "Iterable[Any]") -> "list[Any]":
@@ -166,12 +218,17 @@ class TokenLayer:
         self._device, self._runner, self._inputs, self._sights = device, runner, inputs, sights
         number: Any = next((module.layer_idx for module in modules if hasattr(module, "layer_idx")), None)
         self._kv, self._number = StaticKV(-1 if number is None else number), number
-        self._graph: _Graph | None = None
+        self.graph: Graph | None = None
         self.reason = self.eager = ""
+
+    @property
+    def room(self) -> int:
+        """Positions there is room for."""
+        return self._kv.room
 
     def forget(self) -> None:
         """Capture anew: what was captured reads memory that is no more."""
-        self._graph = None
+        self.graph = None
 
     def token(self, args: "tuple[Any, ...]", kwargs: Arguments) -> "Token | None":
         """One token's way through the layer; None where it is not one, or not served this way."""
@@ -212,35 +269,73 @@ class TokenLayer:
         """The same as a graph, launched ahead; None where it cannot be one."""
         if self.eager or self.watched():
             return None
-        state = (torch.is_inference_mode_enabled(), *self._kv.address)
-        if self._graph is None or self._graph.state != state or not self._graph.take(args, kwargs):
-            self._graph = None
+        if self.graph is None or self.graph.state != self._state() or not self.graph.places.take(args, kwargs):
+            self.graph = None
             try:
-                self._graph = self._capture(args, kwargs, state)
+                self.graph = self._capture(args, kwargs)
             except CaptureError as error:
                 self.eager = str(error)
                 return None
-        event = self._graph.captured.replay()
-        out = self._graph.captured.result[0]
-        # it was written past torch: a layer that copies it to memory of its own has to see that it is new
-        torch.autograd.graph.increment_version(_hidden(out))
-        return out, [SentCall(call, told, shares, event) for call, told, shares, _ in self._graph.calls]
+        return self._launch(self.graph)
 
-    def _capture(self, args: "tuple[Any, ...]", kwargs: Arguments, state: "tuple[Any, ...]") -> _Graph:
-        places = [
-            self._inputs.hold(leaf) if isinstance(leaf, torch.Tensor) else leaf
-            for leaf in _leaves((*args, *kwargs.values()))
-        ]
-        args, kwargs = tree_map_only(torch.Tensor, lambda tensor: self._inputs.hold(tensor).memory, (args, kwargs))
+    def repeat(self, args: "tuple[Any, ...]", kwargs: Arguments) -> "tuple[Any, list[SentCall]] | None":
+        """`replay` where all but the hidden states is in its place."""
+        if self.graph is None:  # given up since
+            return self.replay(args, kwargs)
+        self.graph.places.leaves[0].take(args[0])
+        return self._launch(self.graph)
+
+    def again(self, cache: Any, length: int) -> "StaticLayer | None":
+        """The cache's layer, if the token after `length` may repeat the graph."""
+        if self._number is None or self._number >= len(cache.layers):
+            return None
+        layer: StaticLayer = cache.layers[self._number]
+        if self.graph is None or not self._kv.holds(layer, length) or self.graph.state != self._state():
+            return None
+        return layer
+
+    def known(self, places: Places, layer: StaticLayer, length: int, hidden: torch.Tensor) -> "Token":
+        """The way of a token that repeats the graph, given `hidden` and else what is in `places`."""
+        return KnownToken(self, layer, length, (hidden, *places.args[1:]), places.kwargs)
+
+    def enter(self, args: "tuple[Any, ...]", kwargs: Arguments, position: torch.Tensor, window: Window) -> Any:
+        """Within a capture: put what the layer is given where its graph reads it; gives what the graph gives.
+
+        Raises CaptureError where that is something else than the graph was captured with.
+        """
+        assert self.graph is not None
+        mask = kwargs.get("attention_mask")
+        sight = self._sights.of(self._kv.room, window.size, mask is not None)
+        if sight.slot is not self._kv.slot:
+            raise CaptureError("masks come and go")
+        sight.follow(position, mask, window.full)
+        kwargs = {**kwargs, "past_key_values": self._kv, "attention_mask": sight.mask}
+        if not args or not self.graph.places.take(args, kwargs):
+            raise CaptureError("its layers are given something else")
+        return self.graph.captured.result[0]
+
+    def _launch(self, graph: Graph) -> "tuple[Any, list[SentCall]]":
+        event, out = graph.captured.replay(), graph.captured.result[0]
+        # it was written past torch: a layer that copies it to memory of its own has to see that it is new
+        torch.autograd.graph.increment_version(hidden_of(out))
+        return out, [SentCall(call, told, shares, event) for call, told, shares, _ in graph.calls]
+
+    def _state(self) -> "tuple[Any, ...]":
+        """What a graph depends on beside its arguments."""
+        return (torch.is_inference_mode_enabled(), *self._kv.address)
+
+    def _capture(self, args: "tuple[Any, ...]", kwargs: Arguments) -> Graph:
+        self._inputs.keep(kwargs["attention_mask"])
+        places = Places(self._inputs, args, kwargs)
 
         def launch() -> "tuple[Any, list[AheadCall]]":
             with self._runner.going(True) as calls:
-                return self.run(args, kwargs), calls
+                return self.run(places.args, places.kwargs), calls
 
         captured = self._device.capture(launch, lambda result: told_by(result[1]))
-        self._inputs.keep(_hidden(captured.result[0]))
+        self._inputs.keep(hidden_of(captured.result[0]))
         calls = sent_calls(captured.result[1], captured.back, None)
-        return _Graph(captured, state, (len(args), *kwargs), places, calls)
+        return Graph(captured, self._state(), places, calls)
 
 
 @dataclasses.dataclass(slots=True)
@@ -279,7 +374,20 @@ class Token:
         self._layer.put()
 
 
-def _hidden(out: Any) -> torch.Tensor:
+class KnownToken(Token):
+    """One whose arguments are where the layer's graph reads them, hidden states apart."""
+
+    __slots__ = ()
+
+    def replay(self) -> "tuple[Any, list[SentCall]] | None":
+        """As any token's."""
+        return self._through.repeat(self._args, self._kwargs)
+
+    def _seen(self) -> Arguments:
+        return self._kwargs
+
+
+def hidden_of(out: Any) -> torch.Tensor:
     """The hidden states among what a layer gives."""
     found: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return found

@@ -72,6 +72,14 @@ def stacked_layers(model: Any, experts: "list[str]") -> "list[nn.Module]":
     return [layer for stack in found if isinstance(stack, nn.ModuleList) for layer in stack]
 
 
+def owner(model: Any, layers: "list[nn.Module]") -> Any:
+    """The module that passes hidden states through exactly these layers, or None."""
+    for module in model.modules():
+        if any(isinstance(child, nn.ModuleList) and list(child) == layers for child in module.children()):
+            return module
+    return None
+
+
 def _stack(path: str) -> str:
     """`model.layers` of `model.layers.3.mlp.experts`: the path up to the first index."""
     parts = path.split(".")
