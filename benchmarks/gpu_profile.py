@@ -105,24 +105,26 @@ def _timed(going: Decoding, count: int) -> "list[str]":
 
 
 def _within(going: Decoding, count: int) -> float:
-    """Seconds in the forwards of the model's layers, while `count` tokens pass."""
-    layers, spent = list(going.engine.model.model.layers), [0.0]
-    before = [layer.forward for layer in layers]
+    """Seconds in the model's layers, called one by one or repeated together, while `count` tokens pass."""
+    steps, spent = going.engine.steps, [0.0]
+    assert steps is not None
 
-    def timed(forward: "Callable[..., Any]", *args: Any, **kwargs: Any) -> Any:
+    def timed(function: "Callable[..., Any]", *args: Any, **kwargs: Any) -> Any:
         start_s = time.perf_counter()
         try:
-            return forward(*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             spent[0] += time.perf_counter() - start_s
 
-    for layer, forward in zip(layers, before, strict=True):
-        layer.forward = functools.partial(timed, forward)
+    calls: list[tuple[Any, str]] = [(steps, "repeat"), *((layer, "forward") for layer in steps.layers)]
+    before = [getattr(owner, name) for owner, name in calls]
+    for (owner, name), function in zip(calls, before, strict=True):
+        setattr(owner, name, functools.partial(timed, function))
     try:
         going.tokens(count)
     finally:
-        for layer, forward in zip(layers, before, strict=True):
-            layer.forward = forward
+        for (owner, name), function in zip(calls, before, strict=True):
+            setattr(owner, name, function)
     return spent[0]
 
 
