@@ -135,8 +135,9 @@ struct Avx2 {
 
         void load(const std::uint8_t* p, std::int64_t left) { bytes = bytes_at(p, left); }
 
-        template <bool>
+        template <bool IN_PLACE>
         I codes(int v) const {
+            if (IN_PLACE) return _mm256_and_si256(bytes, _mm256_set1_epi8(static_cast<char>(mask << v * BITS)));
             return _mm256_and_si256(v == 0 ? bytes : _mm256_srli_epi16(bytes, v * BITS), _mm256_set1_epi8(mask));
         }
     };
@@ -155,7 +156,7 @@ struct Avx2 {
                                                    _mm256_madd_epi16(lo, _mm256_set1_epi16(1))));
     }
 
-    // The same for codes of 8 bits: words times words, pairs added in 32 bits.
+    // The same as words times words, pairs added in 32 bits: for codes of 8 bits, or of 2 anywhere in their bytes.
     template <int N>
     static F dot_words(const I* q, const std::uint8_t* planes) {
         I sum = _mm256_setzero_si256();

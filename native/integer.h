@@ -13,7 +13,7 @@
 //
 // Codes are read a vector's width at a time: a chunk. At 4 bits 64 bytes hold two blocks of 64 columns; the low halves of
 // the bytes are the first 32 columns of both blocks, the high halves the last 32. hi and lo are stored in that order.
-// Where codes of 8 bits are multiplied as words, the 16-bit integers themselves are stored, columns of even number first.
+// Where codes are multiplied as words, the 16-bit integers themselves are stored, columns of even number first.
 #pragma once
 
 #include "rows.h"
@@ -41,9 +41,10 @@ struct Chunk {
     static constexpr int nbytes = columns * BITS / 8;                       // packed
     static constexpr int sums = GROUP >= 64 ? 1 : 64 / GROUP < vectors ? 64 / GROUP : vectors;  // of whole groups each
     static constexpr int per_sum = vectors / sums;                          // vectors
-    static constexpr bool words = BITS == 8 && V::kWords;                   // multiplied as words
+    // Multiplied as words: 8 bits, and 2 where each vector has a sum, which costs two more products where codes are bytes.
+    static constexpr bool words = V::kWords && (BITS == 8 || (BITS == 2 && per_sum == 1));
     // A vector with a sum of its own may keep its codes where they lie in the byte: `shift` bits up, made good by the scale.
-    static constexpr bool in_place = V::kInPlace && per_sum == 1 && vectors > 1 && BITS != 3;
+    static constexpr bool in_place = (V::kInPlace || words) && per_sum == 1 && vectors > 1 && BITS != 3 && BITS != 8;
     static constexpr int shift(int group) { return in_place ? low * (group * GROUP % 64 / lane) : 0; }
     static constexpr int groups = columns <= GROUP ? 1 : columns / GROUP;   // that it has a part of
 
