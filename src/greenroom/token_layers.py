@@ -15,6 +15,7 @@ from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, tree_flatten, tree_ma
 
 from greenroom.device import Captured, CaptureError, Device
 from greenroom.device_runner import AheadCall, DeviceRunner, SentCall, sent_calls, told_by
+from greenroom.hooks import forward_hooks
 from greenroom.static_kv import NotServedError, StaticKV, StaticLayer, Window, adopt, lasting, unfit
 
 Arguments = dict[str, Any]
@@ -214,7 +215,7 @@ class TokenLayer:
 
     def __init__(self, layer: nn.Module, device: Device, runner: DeviceRunner, inputs: Inputs, sights: Sights) -> None:
         self._forward, modules = layer.forward, list(layer.modules())
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._hooks = forward_hooks(layer)
         self._device, self._runner, self._inputs, self._sights = device, runner, inputs, sights
         number: Any = next((module.layer_idx for module in modules if hasattr(module, "layer_idx")), None)
         self._kv, self._number = StaticKV(-1 if number is None else number), number

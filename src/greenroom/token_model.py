@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput
 
 from greenroom.device import Captured, CaptureError, Device
+from greenroom.hooks import forward_hooks
 from greenroom.layer_steps import LayerSteps
 from greenroom.static_kv import NotServedError, StaticLayer, Window, lasting
 from greenroom.token_layers import Arguments, Graph, Inputs, Places, hidden_of
@@ -109,7 +110,7 @@ class TokenModel:
     def __init__(self, base: Any, steps: LayerSteps, device: Device, embeddings: "Sequence[nn.Module]") -> None:
         self._base, self._forward, self._steps, self._device = base, base.forward, steps, device
         self._config, self._embeddings = vars(base.config), embeddings
-        self._hooks = [hooks for one in base.modules() for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+        self._hooks = forward_hooks(base)
         self._plan: _Plan | None = None
         self.enabled, self.reason = True, ""
         self.tokens = 0

@@ -14,6 +14,7 @@ from greenroom import environment
 from greenroom.decode import kv, proof
 from greenroom.decode.describe import DecoderParts, NotUnderstoodError, Turn, describe
 from greenroom.decode.prompt import Prompt
+from greenroom.hooks import forward_hooks
 from greenroom.kernels import native
 from greenroom.threads import count, lent_to_torch
 
@@ -79,7 +80,7 @@ class DecodeStep:
     def __init__(self, base: Any, serve: ServeToken, residents: "Residents | None" = None, rough: bool = False) -> None:
         self._base, self._serve, self._residents, self._rough = base, serve, residents, rough
         self._modules_forward = base.forward
-        self._hooks = [h for module in base.modules() for h in (module._forward_hooks, module._forward_pre_hooks)]
+        self._hooks = forward_hooks(base)
         self._parts: DecoderParts | None = None
         self._decoder: Any = None
         self.enabled = environment.decode() != "modules"
