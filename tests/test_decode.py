@@ -295,8 +295,9 @@ def test_where_experts_lie_follows_the_cache(mixtral: Engine) -> None:
         assert most >= len(modules) and engine.runner.there(modules)[0] is records
         assert torch.equal(after_a_long_prompt(engine)[0], want)
         for layer, experts in enumerate(engine.runner._entries):
+            wrong = engine.runner._arena.address(engine.runner._cache.there(layer, 0))
             for expert in range(experts.num_experts):
-                records.put(layer, expert, engine.runner._address(layer, 0))
+                records.put(layer, expert, wrong)
         assert not torch.equal(after_a_long_prompt(engine)[0], want), "control"
         with pytest.raises(ValueError, match="no such expert"):
             records.put(0, most_experts(mixtral.packed), 0)

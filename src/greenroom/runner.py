@@ -139,29 +139,25 @@ class ExpertRunner:
         whose experts modules are `modules`, None where there are none; and how many layers may be passed: none where
         somebody watches each call or guesses."""
         most = self.speculation.rests() if self.observer is None else 0
-        if most and self._places is None:
-            layers = {module.greenroom_layer: place for place, module in enumerate(modules) if module is not None}
-            records = [None if module is None else self._records(module) for module in modules]
-            self._cache.moved()
-            self._places = native.all_records(records), layers
-        if not most or self._places is None:
+        if not most:
             return None, 0
+        if self._places is None:
+            layers = {module.greenroom_layer: place for place, module in enumerate(modules) if module is not None}
+            nowhere = [None if module is None else self._records(module) for module in modules]
+            self._places = native.all_records(nowhere), layers
         records, layers = self._places
-        for layer, expert in self._cache.moved():
+        for layer, expert in self._cache.moved():  # the first time all that has ever come
             if layer in layers:
-                records.put(layers[layer], expert, self._address(layer, expert))
+                buffer = self._cache.there(layer, expert)
+                records.put(layers[layer], expert, 0 if buffer is None else self._arena.address(buffer))
         return records, most
 
     def _records(self, module: Any) -> Any:
+        """With no expert there yet."""
         layer = module.greenroom_layer
         entry = self._entries[layer]
-        addresses = [self._address(layer, expert) for expert in range(entry.num_experts)]
-        return native.records(entry.tensors, self._kind(layer, module), addresses, entry.record_nbytes)
-
-    def _address(self, layer: int, expert: int) -> int:
-        """0 where the expert is not there."""
-        buffer = self._cache.there(layer, expert)
-        return 0 if buffer is None else self._arena.address(buffer)
+        nowhere = [0] * entry.num_experts
+        return native.records(entry.tensors, self._kind(layer, module), nowhere, entry.record_nbytes)
 
     @property
     def wants_shares(self) -> bool:
