@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton's kernels are imported
 
 from families import FAMILIES
+from greenroom import static_kv
 from greenroom.config import EngineSettings
 from greenroom.device import FakeDevice
 from greenroom.engine import Engine
@@ -79,3 +80,9 @@ def device_logits(packed4: PackedModel) -> "list[torch.Tensor]":
     found = logits_of(engine.model)
     engine.close()
     return found
+
+
+@pytest.fixture
+def small_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values on a device get so little room that a few tokens outgrow it."""
+    monkeypatch.setattr(static_kv, "SMALLEST", 4)

@@ -20,12 +20,6 @@ from test_layer_steps import TOKENS, ahead, decoded
 # --- the same bits
 
 
-@pytest.fixture
-def small_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a few tokens outgrow them."""
-    monkeypatch.setattr(static_kv, "SMALLEST", 4)
-
-
 def graphs(engine: Engine, wanted: bool = True) -> Engine:
     assert engine.steps is not None
     engine.steps.graphs = wanted

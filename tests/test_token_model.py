@@ -19,10 +19,7 @@ from test_tiers import out_of_memory_at
 LONG = TOKENS * 2
 
 
-@pytest.fixture(autouse=True)
-def small_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a few tokens outgrow them."""
-    monkeypatch.setattr(static_kv, "SMALLEST", 4)
+pytestmark = pytest.mark.usefixtures("small_rooms")
 
 
 def around(engine: Engine, wanted: bool = True) -> Engine:
