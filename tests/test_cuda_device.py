@@ -139,6 +139,13 @@ def test_a_capture_that_fails_says_why(runtime: Runtime, where: str, error: Runt
     assert calls == [True, False][: len(calls)], "a collection would call CUDA in a capture"
 
 
+def test_what_is_tried_before_a_capture_goes_the_same_way(runtime: Runtime) -> None:
+    """transformers asks."""
+    asked, real = [], torch.cuda.is_current_stream_capturing
+    CudaDevice(0).capture(lambda: asked.append(torch.cuda.is_current_stream_capturing))
+    assert asked[0]() and asked[1:] == [real]
+
+
 def test_what_is_captured_stays_where_it_was_first(runtime: Runtime) -> None:
     made = [torch.ones(1), torch.full((1,), 2.0)]
     captured = CudaDevice(0).capture(lambda: (made[0] if runtime.graph.begun == 0 else made[1], "other"))

@@ -171,6 +171,10 @@ class Sights:
                 self._all[key] = _Sight(room, torch.zeros(1, dtype=torch.int64, device=self._place))
         return self._all[key]
 
+    def known(self, room: int, window: "int | None", masked: bool) -> "_Sight | None":
+        """The same, or None where there is none yet."""
+        return self._all.get((room, window, masked))
+
     def forget(self) -> None:
         """Show anew, whatever is shown next."""
         for sight in self._all.values():
@@ -306,8 +310,8 @@ class TokenLayer:
         """
         assert self.graph is not None
         mask = kwargs.get("attention_mask")
-        sight = self._sights.of(self._kv.room, window.size, mask is not None)
-        if sight.slot is not self._kv.slot:
+        sight = self._sights.known(self._kv.room, window.size, mask is not None)
+        if sight is None or sight.slot is not self._kv.slot:
             raise CaptureError("masks come and go")
         sight.follow(position, mask, window.full)
         kwargs = {**kwargs, "past_key_values": self._kv, "attention_mask": sight.mask}

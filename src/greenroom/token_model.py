@@ -37,6 +37,19 @@ class _EnteredError(Exception):
     """The model has called its last layer."""
 
 
+class _Offset:
+    """A token's position as what is added to numbers. A tensor it must not be: while a stream is being captured,
+    transformers makes a mask even where none is needed as soon as the position is one."""
+
+    def __init__(self, position: torch.Tensor) -> None:
+        self._position = position
+
+    def __add__(self, other: Any) -> torch.Tensor:
+        return torch.add(self._position, other)
+
+    __radd__ = __add__
+
+
 class _Past(DynamicCache):  # type: ignore[misc]  # transformers has no types
     """What the model's code is captured with as its cache: as many tokens as `position` int64 [1] says on the device,
     seen through `windows`; the layers have room for one more."""
@@ -46,7 +59,7 @@ class _Past(DynamicCache):  # type: ignore[misc]  # transformers has no types
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """The token's position."""
-        return self._position
+        return _Offset(self._position)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> "tuple[int, Any]":
         """How many positions a mask shows, and the first. Of a ring that is not full never so many as would fill it:

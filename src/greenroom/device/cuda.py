@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from greenroom.device.protocol import CaptureError, T, tensors
+from greenroom.device.rules import told_of_capture
 from greenroom.errors import ConfigError
 
 cuda: Any = torch.cuda  # its types are incomplete
@@ -171,7 +172,7 @@ class CudaDevice:
         The function is called twice: first to compile its kernels, to make memory for what it gives outside of the
         pool, and to let torch refuse what waits, since a capture that fails leaves the allocator with an open pool.
         """
-        with _nothing_waits():
+        with _nothing_waits(), told_of_capture():
             result = function()
         back = [_pinned(one) for one in told(result)]
         if not self._graphs:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from greenroom.device.protocol import T, tensors
-from greenroom.device.rules import Rules
+from greenroom.device.rules import Rules, told_of_capture
 
 
 @dataclasses.dataclass(slots=True)
@@ -190,7 +190,7 @@ class FakeDevice:
         """Within it, the rules of capture hold."""
         assert self._rules is None, "captured while capturing"
         try:
-            with Rules() as self._rules:
+            with Rules() as self._rules, told_of_capture():
                 yield self._rules
         finally:
             self._rules = None

@@ -5,7 +5,8 @@ Every operation is written down with its numbers and with the tensors that it re
 the order, others by their address. What reads values on the host, or takes values from it, is refused.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,18 @@ _WAITS = {
     "bincount", "is_nonzero", "repeat_interleave",
 }  # fmt: skip
 """Operators whose result's shape, or what follows, depends on values."""
+
+
+@contextlib.contextmanager
+def told_of_capture() -> "Iterator[None]":
+    """Within it, who asks torch whether a stream is being captured is told that one is: transformers takes other ways
+    then, and what is tried before a capture, or stands for one, has to take them, too."""
+    real = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = real
 
 
 class Rules:
