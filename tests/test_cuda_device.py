@@ -51,7 +51,7 @@ class Runtime:
     """Registers pages, up to a number of ranges; keeps an error until somebody asks, as CUDA's does."""
 
     def __init__(self, most: int = 1 << 30) -> None:
-        self.most, self.registered, self.latched = most, set[int](), 0
+        self.most, self.registered, self.latched, self.trimmed = most, set[int](), 0, 0
         self.graph, self.happening = Graph(), Happening()
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
@@ -60,6 +60,9 @@ class Runtime:
             return self.latched
         self.registered.add(address)
         return 0
+
+    def empty_cache(self) -> None:
+        self.trimmed += 1
 
     def cudaHostUnregister(self, address: int) -> int:
         self.registered.remove(address)
@@ -75,6 +78,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
         synchronize=lambda place: None, stream=lambda stream: contextlib.nullcontext(),
         current_stream=lambda place: stream, graph_pool_handle=lambda: (0, 1), CUDAGraph=lambda: made.graph,
         get_sync_debug_mode=lambda: 0, set_sync_debug_mode=lambda mode: None, Event=lambda: made.happening,
+        empty_cache=made.empty_cache,
     )  # fmt: skip
     monkeypatch.setattr(room, "cuda", stand_in)
     monkeypatch.setattr(room, "_pinned", lambda like: torch.zeros_like(like))
@@ -135,8 +139,22 @@ def test_a_capture_that_fails_says_why(runtime: Runtime, where: str, error: Runt
     with pytest.raises(wanted) as caught:
         device.capture(function)
     assert "more" not in str(caught.value)
-    assert runtime.graph.ended == (where != "begin") and gc.isenabled()
-    assert calls == [True, False][: len(calls)], "a collection would call CUDA in a capture"
+    tries = 1 + (wanted is torch.OutOfMemoryError)  # torch gives nothing back that it keeps while it captures
+    assert runtime.graph.begun == tries == runtime.trimmed + 1
+    assert runtime.graph.ended == tries * (where != "begin") and gc.isenabled()
+    assert calls == [True, False, False][: len(calls)], "a collection would call CUDA in a capture"
+
+
+def test_a_capture_that_finds_no_memory_has_what_torch_keeps(runtime: Runtime) -> None:
+    device = CudaDevice(0)
+
+    def function() -> torch.Tensor:
+        if runtime.graph.begun and not runtime.trimmed:
+            raise torch.OutOfMemoryError("none")
+        return torch.ones(1)
+
+    device.capture(function).replay()
+    assert (runtime.graph.begun, runtime.graph.ended, runtime.trimmed) == (2, 2, 1)
 
 
 def test_what_is_tried_before_a_capture_goes_the_same_way(runtime: Runtime) -> None:

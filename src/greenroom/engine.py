@@ -142,6 +142,8 @@ class Engine:
             )
         self.plan = planner.allot(self.plan, self.plan.slots * 3 // 4, None)
         self._transfer.vacate()
+        if self.around is not None:
+            self.around.forget()
         self.device.trim()
         arena = DeviceArena(self.device, self.plan.slots + self.plan.staging_buffers, self.plan.record_nbytes)
         self.runner.occupy(arena, self._cache())

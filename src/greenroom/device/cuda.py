@@ -178,11 +178,10 @@ class CudaDevice:
         if not self._graphs:
             self._pool = cuda.graph_pool_handle()
         self._capturing = self._capturing or cuda.Stream(self.place)
-        graph = cuda.CUDAGraph()
         self._capturing.wait_stream(cuda.current_stream(self.place))
         with cuda.stream(self._capturing), _nothing_collected():
             try:
-                self._record(graph, lambda: (made := function(), told(made)), result, back)
+                graph = self._recorded(lambda: (made := function(), told(made)), result, back)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -192,15 +191,20 @@ class CudaDevice:
         self._graphs.add(captured)
         return captured
 
+    def _recorded(self, *what: Any) -> Any:
+        """`_record`; if there is no memory, once more without what torch keeps for others, which it does not give back
+        while it captures."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self._record(*what)
+        self.trim()
+        return self._record(*what)
+
     def _record(
-        self,
-        graph: Any,
-        function: "Callable[[], tuple[Any, Sequence[torch.Tensor]]]",
-        result: Any,
-        back: "list[torch.Tensor]",
-    ) -> None:
-        """Capture the function on the current stream: its results into those that it gave before, what it tells to
-        `back`."""
+        self, function: "Callable[[], tuple[Any, Sequence[torch.Tensor]]]", result: Any, back: "list[torch.Tensor]"
+    ) -> Any:
+        """A graph of the function on the current stream: its results go into those that it gave before, what it tells
+        to `back`."""
+        graph = cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             found, told = function()
@@ -214,6 +218,7 @@ class CudaDevice:
                 graph.capture_end()
             raise
         graph.capture_end()
+        return graph
 
     def memory(self) -> "tuple[int, int]":
         """As the driver counts, other processes included."""
