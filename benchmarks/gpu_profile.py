@@ -12,7 +12,7 @@ import pstats
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,13 @@ class Decoding:
         return 1e6 / count / self.layers
 
 
-def lines(packed: PackedModel, device: Device, tokens: int = 24, most: int = 25) -> "list[str]":
+def lines(packed: PackedModel, device: Device, tokens: int = 24, most: int = 25) -> "Iterator[str]":
     """The report; of each ranking the first `most`. What fails leaves a line."""
-    found: list[str] = []
     for way in ("graphs", "read back"):
         going = Decoding(packed, device, way)
         try:
             going.tokens(tokens)
-            found.append(f"== {way}, {device.title()}")
+            yield f"== {way}, {device.title()}"
             parts: list[Callable[[], list[str]]] = [
                 functools.partial(_timed, going, tokens),
                 functools.partial(_functions, going, max(tokens // 4, 1), most),
@@ -76,10 +75,9 @@ def lines(packed: PackedModel, device: Device, tokens: int = 24, most: int = 25)
                 functools.partial(_graphs if way == "graphs" else _calls, going),
             ]
             for part in parts:
-                found += _tried(part)
+                yield from _tried(part)
         finally:
             going.engine.close(remember=False)
-    return found
 
 
 def _tried(part: "Callable[[], list[str]]") -> "list[str]":
@@ -255,10 +253,12 @@ def main() -> int:
     parser.add_argument("--models", type=Path, required=True, help="a folder for the model")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    report = "\n".join(lines(Models(options.models, MODELS)("small"), find_gpu()))
+    report = []
+    for line in lines(Models(options.models, MODELS)("small"), find_gpu()):
+        print(line, flush=True)  # whoever stops this keeps what was found
+        report.append(line)
     if options.out is not None:
-        options.out.write_text(report + "\n")
-    print(report)
+        options.out.write_text("\n".join(report) + "\n")
     return 0
 
 

@@ -181,7 +181,7 @@ def tier(box: Box) -> None:
         command += ["--seconds", f"{max(1.0, seconds - 15):.0f}", "--out", str(out)]
         try:  # its stderr is this one's, so that it shows where it is
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=max(1.0, seconds))
-            error = "" if done.returncode in (0, 1) else f"status {done.returncode}"
+            error = "" if done.returncode in (0, 3) else f"status {done.returncode}"
         except subprocess.TimeoutExpired:
             error = f"stopped after {seconds:.0f} s"
         if out.is_file():
@@ -199,8 +199,12 @@ def profile(box: Box) -> None:
     if box.models is not None:
         box.models.wait(["small"], 0.1 * box.left)
     command = [sys.executable, "-m", "benchmarks.gpu_profile", "--models", str(box.folder)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=0.25 * box.left, check=True)
-    box.result["profile"] = done.stdout.splitlines()
+    with tempfile.TemporaryFile("w+") as out:  # what it found until it was stopped is worth keeping
+        try:
+            subprocess.run(command, cwd=ROOT, stdout=out, timeout=0.25 * box.left, check=True)
+        finally:
+            out.seek(0)
+            box.result["profile"] = out.read().splitlines()
 
 
 PARTS: list[Part] = [
@@ -287,10 +291,10 @@ def main() -> int:
     box = Box(on, GpuClock(), time.monotonic() + options.seconds, {"gpu": name, "kernels": device.describe(on)})
     box.seconds = options.seconds
     box.keep = lambda result: print(out.write_text(json.dumps(result, indent=1) + "\n"), file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         box.folder = Path(folder)
         result = run(box)
-    print(table(result))
+        print(table(result))  # before the folder goes, in which a model may still be being written
     return 1 if result.get("failed") or any(not one["right"] for one in result.get("check", [])) else 0
 
 

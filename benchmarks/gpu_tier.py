@@ -254,7 +254,7 @@ def _row_line(one: Result, naive: "float | None") -> str:
 
 
 def main() -> int:
-    """Measure, and write after each part."""
+    """Measure, and write after each part. Status 3: some part failed; 1 is what a process gives that broke off."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
     parser.add_argument("--models", type=Path, required=True, help="a folder for the models")
     parser.add_argument("--out", type=Path)
@@ -274,7 +274,7 @@ def main() -> int:
     tier = Tier(result["tier"], options.seconds, keep)
     measure(tier, models, find_gpu())
     print("\n".join(table(tier.found)))
-    return 1 if tier.found["failed"] else 0
+    return 3 if tier.found["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def test_both_ways_are_profiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(gpu_profile, "REPEATS", 2)
     gpu_models.write(tmp_path / "small", MIXTRAL)
     device = FakeDevice(nbytes=1 << 30)
-    found = gpu_profile.lines(PackedModel(tmp_path / "small"), device, tokens=2, most=3)
+    found = list(gpu_profile.lines(PackedModel(tmp_path / "small"), device, tokens=2, most=3))
     text = "\n".join(found)
     assert "failed" not in text, text
     assert [line for line in found if line.startswith("==")] == [
@@ -32,7 +32,7 @@ def test_what_fails_leaves_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu_profile, "_operators", fails)
     monkeypatch.setattr(gpu_profile, "REPEATS", 2)
     gpu_models.write(tmp_path / "small", MIXTRAL)
-    found = gpu_profile.lines(PackedModel(tmp_path / "small"), FakeDevice(nbytes=1 << 30), tokens=2, most=3)
+    found = list(gpu_profile.lines(PackedModel(tmp_path / "small"), FakeDevice(nbytes=1 << 30), tokens=2, most=3))
     assert found.count("failed: RuntimeError: no counters") == 2 and any(line.endswith("router") for line in found)
 
 

@@ -162,15 +162,36 @@ def test_the_tier_is_measured_after_a_kernel_that_faulted(monkeypatch: pytest.Mo
     assert gpu_suite.run(made, [("tier", gpu_suite.tier)])["tier"] == {"failed": []} and "failed" not in made.result
 
 
-def test_the_profile_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(command: "list[str]", **options: Any) -> "subprocess.CompletedProcess[str]":
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_profile_is_kept(monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
+    def run(command: "list[str]", stdout: Any, **options: Any) -> None:
         assert command[1:3] == ["-m", "benchmarks.gpu_profile"] and options["timeout"] < made.left
-        return subprocess.CompletedProcess(command, 0, "one\ntwo\n", "")
+        stdout.write("one\ntwo\n")
+        if stopped:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
 
     monkeypatch.setattr(subprocess, "run", run)
     made = box()
     made.ends = made.seconds
-    assert gpu_suite.run(made, [("profile", gpu_suite.profile)])["profile"] == ["one", "two"]
+    result = gpu_suite.run(made, [("profile", gpu_suite.profile)])
+    assert result["profile"] == ["one", "two"] and ("failed" in result) == stopped
+
+
+@pytest.mark.parametrize("status,error", [(0, None), (3, None), (1, "status 1")])
+def test_a_tier_that_broke_off_has_failed(monkeypatch: pytest.MonkeyPatch, status: int, error: "str | None") -> None:
+    """1 is what a process gives that hung and was ended by its own watch, or that raised."""
+
+    def run(command: "list[str]", **options: Any) -> "subprocess.CompletedProcess[str]":
+        Path(command[-1]).write_text('{"tier": {"failed": []}}')
+        return subprocess.CompletedProcess(command, status, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    made = box()
+    made.ends = made.seconds
+    result = gpu_suite.run(made, [("tier", gpu_suite.tier)])
+    failed = result.get("failed", [])
+    assert result["tier"] == {"failed": []} and len(failed) == bool(error)
+    assert not error or error in failed[0]["error"]
 
 
 def _wrong(model: str) -> "dict[str, Any]":
