@@ -9,22 +9,31 @@
 namespace greenroom {
 namespace {
 
+// a b + c, in one instruction where there is one.
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // e to the x: 2^n e^r with |r| <= log(2) / 2, by the Taylor polynomial of degree 7; within 2 units in the last place.
 inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bit counts ones
+    const float shifted = fused(x, 1.44269504f, 12582912.0f);  // 1.5 * 2^23: the sum's last bit counts ones
     std::uint32_t n;  // unsigned: of what is no number anything may come, but defined
     std::memcpy(&n, &shifted, 4);
     const float whole = shifted - 12582912.0f;
-    const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // log(2) in two parts
+    const float r = fused(whole, 2.12194440e-4f, fused(whole, -0.693359375f, x));  // log(2) in two parts
     float sum = 1.0f / 5040.0f;
-    sum = sum * r + 1.0f / 720.0f;
-    sum = sum * r + 1.0f / 120.0f;
-    sum = sum * r + 1.0f / 24.0f;
-    sum = sum * r + 1.0f / 6.0f;
-    sum = sum * r + 0.5f;
-    sum = sum * r + 1.0f;
-    sum = sum * r + 1.0f;
+    sum = fused(sum, r, 1.0f / 720.0f);
+    sum = fused(sum, r, 1.0f / 120.0f);
+    sum = fused(sum, r, 1.0f / 24.0f);
+    sum = fused(sum, r, 1.0f / 6.0f);
+    sum = fused(sum, r, 0.5f);
+    sum = fused(sum, r, 1.0f);
+    sum = fused(sum, r, 1.0f);
     const std::uint32_t bits = (n - 0x4b400000u + 127u) << 23;
     float power;
     std::memcpy(&power, &bits, 4);
