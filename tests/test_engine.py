@@ -538,6 +538,7 @@ def with_budget(folder: Path, mib: int) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_budget_that_the_error_names_is_enough(packed4: PackedModel) -> None:
     message = with_budget(packed4.folder, 20)
     assert "\n" not in message and message.startswith("20 MiB is too small")

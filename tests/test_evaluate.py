@@ -18,6 +18,7 @@ from greenroom.evaluate import Original, Text, Window, WindowScore, cut, score, 
 from greenroom.evaluate.head import Head
 from greenroom.evaluate.score import mean
 from greenroom.evaluate.states import windows_at_a_time
+from samples import some
 
 ROOM = 1 << 30
 STREAMED = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "qwen3_next", "nemotron_h", "zaya", "glm4v_moe"]
@@ -45,7 +46,7 @@ def logits_of(original: Original, tokens: torch.Tensor) -> torch.Tensor:
 # --- the original, streamed
 
 
-@pytest.mark.parametrize("name", [*STREAMED, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(OTHERS))])
+@pytest.mark.parametrize("name", some([*STREAMED, *sorted(OTHERS)], STREAMED))
 def test_streamed_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     model = FAMILIES[name].build()
     model.save_pretrained(tmp_path)

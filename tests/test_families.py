@@ -28,6 +28,7 @@ from greenroom.packed import ExpertsEntry, PackedModel
 from greenroom.packing import pack
 from greenroom.quant import dequantize
 from greenroom.store import DiskStore, Store
+from samples import some
 
 ALL = {**FAMILIES, **VARIANTS}
 REFUSED = {"qwen3_omni_moe_talker": "a part of a model, with a configuration that transformers reads only inside it"}
@@ -75,6 +76,8 @@ UNCAPTURED = {
     "zaya",
 }
 """Families of which no layer is captured on a device: what they remember is more than keys and values."""
+FEW = ["deepseek_v3", "gemma4_text", "gpt_oss", "jamba", "mixtral", "nemotron_h", "qwen2_moe", "qwen3_moe"]
+"""Of each kind one, for what takes long."""
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
 
 
@@ -129,8 +132,9 @@ def case(request: pytest.FixtureRequest) -> Case:
     return case_of(name)
 
 
-def each(names: "list[str]") -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", names, indirect=True)
+def each(names: "list[str]", kept: "list[str] | None" = None) -> pytest.MarkDecorator:
+    """A case for each name; those that are not `kept` are slow."""
+    return pytest.mark.parametrize("case", some(names, names if kept is None else kept), indirect=True)
 
 
 @contextlib.contextmanager
@@ -166,7 +170,7 @@ def test_16_bits_equal_transformers(case: Case) -> None:
         assert engine.runner.metrics.hits < engine.runner.metrics.requests, "one slot cannot serve it all"
 
 
-@each(RUN)
+@each(RUN, FEW)
 def test_4_bits_equal_transformers_on_the_dequantised_weights(case: Case) -> None:
     packed = case.pack(4)
     want = families.logits(dequantised(case, packed), **case.inputs)
@@ -186,7 +190,7 @@ def test_greedy_generation_equals_transformers(case: Case) -> None:
     assert got.tolist() == want.tolist()
 
 
-@each(GENERATING)
+@each(GENERATING, FEW)
 def test_captured_tokens_equal_transformers(case: Case) -> None:
     """On a fake device: the same bits as uncaptured ones, and transformers' logits."""
     settings = dataclasses.replace(SETTINGS, vram=1 << 30, cpu_experts=False, prefetch=0)
@@ -250,7 +254,7 @@ class TamperedStore:
         self._disk.close()
 
 
-@each(RUN)
+@each(RUN, FEW)
 @pytest.mark.parametrize("instead", ["zeros", "another"])
 def test_one_wrong_expert_moves_the_logits(case: Case, instead: str) -> None:
     packed = case.pack(16)

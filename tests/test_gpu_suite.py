@@ -25,6 +25,7 @@ from greenroom.kernels import device
 from greenroom.kernels.gpu import launch
 from greenroom.packing import experts_entry
 from greenroom.quant import Format
+from samples import some
 
 CPU = torch.device("cpu")
 TINY = Model("tiny", 64, 32, 2)
@@ -82,7 +83,11 @@ def test_gpt_oss_s_gate_is_transformers() -> None:
 
 
 @pytest.mark.parametrize(
-    "model,variant,tokens", [(TINY, "", 1), (TINY, "together", 2), (TINY, "rows 32", 1), (TURNS, "together", 2)]
+    "model,variant,tokens",
+    some(
+        [(TINY, "", 1), (TINY, "together", 2), (TINY, "rows 32", 1), (TURNS, "together", 2)],
+        [(TINY, "together", 2), (TURNS, "together", 2)],
+    ),
 )
 def test_decode(model: Model, variant: str, tokens: int) -> None:
     before = launch.FEW_TOKENS, launch.ROWS
@@ -103,6 +108,7 @@ def test_prompt_linear_and_peers() -> None:
     assert set(peers) == {"tinygemm", "gemlite"} and all("us" in line or "absent" in line for line in peers.values())
 
 
+@pytest.mark.slow
 def test_the_check_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model("tiny", 72, 33, 2)
     found = list(gpu_check.check(Format.of(4), torch.float16, (1, 3, 20), CPU, model))

@@ -27,6 +27,7 @@ ROWS = {
 }
 
 
+@pytest.mark.slow
 def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate")
     few = {"--tokens": "3", "--trials": "1"}

@@ -190,6 +190,7 @@ def test_a_kill_at_any_durable_step_resumes_to_the_same_files(
     assert kills >= 20
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_resume_to_the_same_files(packer: Packer, tmp_path: Path) -> None:
     config = {"num_hidden_layers": 4, "num_local_experts": 8, "hidden_size": 256, "intermediate_size": 256}
     src = write_mixtral(tmp_path / "source", **config, shards=3)
@@ -782,7 +783,8 @@ def peak_of_packing(src: Path, dst: Path, bits: int) -> int:
     return int(out.stdout)
 
 
-@pytest.mark.parametrize("bits", [16, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [16, 4])
 def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path, bits: int) -> None:
     width, peaks = 1024, {}
     for experts in (8, 32):

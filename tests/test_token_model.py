@@ -12,6 +12,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from greenroom import static_kv, token_model
 from greenroom.engine import Engine
 from on_device import Engines
+from samples import some
 from test_engine import EXPERTS, LAYERS, SHORT, same
 from test_layer_steps import TOKENS, ahead, wrong
 from test_tiers import out_of_memory_at
@@ -46,7 +47,7 @@ def going_on(engine: Engine, tokens: "list[int]" = LONG, **how: Any) -> "list[to
     return found
 
 
-@pytest.mark.parametrize("slots", [0, 2, 4, EXPERTS])
+@pytest.mark.parametrize("slots", some([0, 2, 4, EXPERTS], [2]))
 def test_it_does_not_show(both: Any, slots: int) -> None:
     engine, plain = both(experts_per_layer=slots)
     for _ in range(3):
@@ -67,12 +68,15 @@ def test_every_token_that_follows_another_passes(both: Any) -> None:
 
 @pytest.mark.parametrize(
     "attention,window,ring",
-    [
-        ("eager", None, True),
-        *((kind, size, True) for kind in ("eager", "sdpa") for size in (6, 13)),
-        ("eager", 6, False),
-        ("sdpa", 6, False),
-    ],
+    some(
+        [
+            ("eager", None, True),
+            *((kind, size, True) for kind in ("eager", "sdpa") for size in (6, 13)),
+            ("eager", 6, False),
+            ("sdpa", 6, False),
+        ],
+        [("sdpa", 6, True), ("eager", 6, False)],
+    ),
 )
 def test_masks_of_every_kind(both: Any, attention: str, window: "int | None", ring: bool) -> None:
     """Rings that are full and others, windows over all that is kept, and masks that are there or not."""
@@ -95,7 +99,9 @@ def test_masks_of_every_kind(both: Any, attention: str, window: "int | None", ri
     assert same(*found)
 
 
-@pytest.mark.parametrize("how", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"do_sample": False}])
+@pytest.mark.parametrize(
+    "how", some([{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"do_sample": False}], [{"do_sample": False}])
+)
 def test_generation_of_every_kind(both: Any, how: "dict[str, Any]") -> None:
     prompt = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8]])
     found = []
@@ -171,7 +177,7 @@ def test_results_are_kept(both: Any) -> None:
     assert same(*found)
 
 
-@pytest.mark.parametrize("at", [{20}, {35, 36}, {50}])
+@pytest.mark.parametrize("at", some([{20}, {35, 36}, {50}], [{35, 36}]))
 def test_out_of_memory_on_the_way(both: Any, monkeypatch: pytest.MonkeyPatch, at: "set[int]") -> None:
     engine, plain = both(experts_per_layer=4)
     expected = going_on(plain)
@@ -248,17 +254,20 @@ def changed(base: Any, change: str) -> "Callable[..., Any]":
 
 @pytest.mark.parametrize(
     "change,reason",
-    [
-        ("nothing", ""),
-        ("scale", ""),
-        ("other rows", "other rows"),
-        ("length", "its length"),
-        ("count", "when it was captured"),
-        ("read", "moves values"),
-        ("between", ""),
-        ("after", "more than a norm"),
-        ("more", "more than hidden states"),
-    ],
+    some(
+        [
+            ("nothing", ""),
+            ("scale", ""),
+            ("other rows", "other rows"),
+            ("length", "its length"),
+            ("count", "when it was captured"),
+            ("read", "moves values"),
+            ("between", ""),
+            ("after", "more than a norm"),
+            ("more", "more than hidden states"),
+        ],
+        [("scale", ""), ("length", "its length"), ("read", "moves values")],
+    ),
 )
 def test_a_model_that_does_more(both: Any, change: str, reason: str) -> None:
     found = []

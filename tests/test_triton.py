@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from greenroom.kernels import device, products
 from greenroom.kernels import slots as reference_slots
 from greenroom.kernels.gpu import launch
+from samples import some
 
 ON = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(bool(device.unusable(ON)), reason=device.unusable(ON))
@@ -135,8 +136,10 @@ def test_linear_answers_in_the_activations_dtype(dtype: torch.dtype) -> None:
     assert distance(found.float(), wanted) < ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
-@pytest.mark.parametrize("format", [FORMATS[0], FORMATS[6], FORMATS[9], FORMATS[13], FORMATS[16]], ids=lambda f: f.name)
+@pytest.mark.parametrize("tokens", some([1, 2, 5, 16], [1, 5]))
+@pytest.mark.parametrize(
+    "format", some([FORMATS[i] for i in (0, 6, 9, 13, 16)], [FORMATS[0], FORMATS[9]]), ids=lambda f: f.name
+)
 def test_token_equals_the_reference(format: Format, tokens: int) -> None:
     hidden, inner, experts = 80, 56, 5
     its, arena, x = layout(hidden, inner, format), arena_of(hidden, inner, format, experts), vectors(tokens, hidden)
@@ -151,7 +154,9 @@ def test_token_equals_the_reference(format: Format, tokens: int) -> None:
     assert distance(other, wanted) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("format", [f for f in FORMATS if f.bits != 16], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "format", some([f for f in FORMATS if f.bits != 16], [FORMATS[6], FORMATS[9]]), ids=lambda f: f.name
+)
 def test_single_vectors_by_matrix_units_equal_the_reference(format: Format) -> None:
     """Whatever the size of weights and activations, and where rows are several tiles."""
     x = vectors(1, 2100)
@@ -202,7 +207,7 @@ def test_every_gate(kind: str, tokens: int, biased: bool) -> None:
 
 
 @settings(
-    max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=2, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
 )
 @given(
     format=st.sampled_from(FORMATS),
