@@ -138,7 +138,7 @@ def rotate(model: Model, its: "list[RecordTensor]", made: "list[torch.Tensor]", 
 def measure(model: Model, format: Format, options: argparse.Namespace) -> "dict[str, object]":
     """One line of the table."""
     its = layout(model, format)
-    made = records(its, options.rotate << 20)
+    made = records(its, max(options.rotate << 20, model.top_k * record_nbytes(its)))  # a call's, at least
     rotate(model, its, made, options.tokens)
     trials = [rotate(model, its, made, options.tokens) for _ in range(options.trials)]
     seconds = statistics.median(trial.seconds for trial in trials)
