@@ -533,6 +533,22 @@ def test_gradients_are_not_lost(mixtral: Engine) -> None:
     assert mixtral.decode.steps == before
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_inference_mode_comes_and_goes(first: bool) -> None:
+    """What was made in it is written out of it, and a conversation goes on."""
+    with running(case_of("mixtral").pack(4)) as engine:
+        found = []
+        for inference in (first, not first):
+            with torch.inference_mode(inference):
+                found.append(decoded(engine.model))
+        with torch.inference_mode(first), torch.no_grad():
+            past = engine.model(PROMPT, use_cache=True).past_key_values
+        with torch.inference_mode(not first), torch.no_grad():
+            logits = [engine.model(torch.tensor([[token]]), past_key_values=past).logits[0, -1] for token in FORCED]
+        assert engine.decode.steps == 3 * len(FORCED) and engine.decode.reason == ""
+        assert torch.equal(found[0], found[1]) and torch.equal(torch.stack(logits), found[0])
+
+
 # --- the cache stays transformers' cache
 
 

@@ -16,6 +16,7 @@ from greenroom.decode.describe import DecoderParts, NotUnderstoodError, Turn, de
 from greenroom.decode.prompt import Prompt
 from greenroom.hooks import forward_hooks
 from greenroom.kernels import native
+from greenroom.static_kv import lasting
 from greenroom.threads import count, lent_to_torch
 
 _OUTPUTS = {"output_attentions", "output_hidden_states", "output_router_logits"}
@@ -147,8 +148,9 @@ class DecodeStep:
     def _why_not(self) -> str:
         try:
             self._parts = parts = describe(self._base)
-            self._hidden, self._normed = torch.zeros(1, parts.width), torch.zeros(1, parts.width)
-            self._outputs = torch.empty(parts.top_k, parts.width)
+            with lasting():
+                self._hidden, self._normed = torch.zeros(1, parts.width), torch.zeros(1, parts.width)
+                self._outputs = torch.empty(parts.top_k, parts.width)
             self._decoder = native.decoder(parts.described, self._hidden, self._normed)
             self._places = {moe.greenroom_layer: place for place, moe in enumerate(parts.moe) if moe is not None}
             return proof.disagreement(self, self._base, parts)
