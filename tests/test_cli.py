@@ -258,6 +258,7 @@ def test_an_error_of_the_packing_child_comes_back(tmp_path: Path, capsys: pytest
     assert "dense" in refused(capsys, "run", str(tmp_path), "hello")
 
 
+@pytest.mark.slow
 def test_an_error_of_the_packing_child_that_python_has_a_kind_of(
     cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

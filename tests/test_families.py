@@ -178,7 +178,7 @@ def test_4_bits_equal_transformers_on_the_dequantised_weights(case: Case) -> Non
     assert distance(want, case.want) > 5 * ROUNDED, "the oracle still has the weights that were packed"
 
 
-@each(GENERATING)
+@each(GENERATING, FEW)
 def test_greedy_generation_equals_transformers(case: Case) -> None:
     ids = torch.randint(families.FIRST_ID, families.LAST_ID, (2, 9), generator=torch.Generator().manual_seed(3))
     how = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -321,6 +321,7 @@ def test_what_is_not_served_is_refused_in_one_line(case: Case) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_document_says_what_is_served() -> None:
     committed = DOCUMENT.read_text()
     stated = re.search(r"transformers (\d[\w.+]*\w)", committed)

@@ -120,6 +120,7 @@ def test_the_check_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one.right for one in found] == [False, False, True, True, True]
 
 
+@pytest.mark.slow
 def test_the_check_sees_biases(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(one.right for one in gpu_check.check(Format.of(4), torch.float16, (2,), CPU, TURNS))
     token = device.token
@@ -234,6 +235,7 @@ def test_every_case_is_a_part_of_one_process() -> None:
     assert len(gpu_check.cases(small=True)) == 3
 
 
+@pytest.mark.slow
 def test_the_table_of_everything() -> None:
     clock = OnceClock()
     result = {
@@ -252,7 +254,7 @@ def test_the_table_of_everything() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("module", ["gpu_suite", "gpu_check"])
+@pytest.mark.parametrize("module", some(["gpu_suite", "gpu_check"], ["gpu_suite"]))
 def test_without_a_gpu_it_ends_with_one_line(module: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}"], capture_output=True, text=True,

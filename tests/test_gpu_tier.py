@@ -52,6 +52,7 @@ def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(json.loads(json.dumps(found))["rows"]) == 7
 
 
+@pytest.mark.slow
 def test_models_are_written_in_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without --out that is all that happens."""
     monkeypatch.setattr(gpu_tier, "MODELS", {"qwen3": QWEN3})

@@ -95,6 +95,7 @@ def test_defaults_take_the_slots_that_their_budget_holds(packed4: PackedModel) -
     assert paper.measure("full", packed4, device, options, 2, VRAM, 1e9).slots == 2
 
 
+@pytest.mark.slow
 def test_naive_takes_a_quarter_of_the_tokens(packed4: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate")
     taken: list[int] = []

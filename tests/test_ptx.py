@@ -50,6 +50,7 @@ def test_compiled_kernels_equal_the_reference() -> None:
     assert all(one["right"] for one in found), found
 
 
+@pytest.mark.slow
 def test_a_wrong_register_is_seen() -> None:
     """Negative control: matrix units that multiply a column twice and another not at all; pairs of words swapped."""
     for broken in ([], ["--broken"]):

@@ -112,16 +112,19 @@ def test_generation_of_every_kind(both: Any, how: "dict[str, Any]") -> None:
     assert all(torch.equal(one, found[0]) for one in found)
 
 
+ASKED: "list[tuple[dict[str, Any], bool]]" = [
+    ({"attention_mask": lambda length: torch.ones(1, length, dtype=torch.int64)}, True),
+    ({"position_ids": lambda length: torch.tensor([[length - 1]])}, True),
+    ({"position_ids": lambda length: torch.tensor([[length + 8]])}, True),
+    ({"attention_mask": lambda length: torch.arange(length)[None] > 0}, False),
+    ({"output_router_logits": lambda length: True}, False),
+    ({"output_hidden_states": lambda length: True}, False),
+]
+
+
 @pytest.mark.parametrize(
     "how,passes",
-    [
-        ({"attention_mask": lambda length: torch.ones(1, length, dtype=torch.int64)}, True),
-        ({"position_ids": lambda length: torch.tensor([[length - 1]])}, True),
-        ({"position_ids": lambda length: torch.tensor([[length + 8]])}, True),
-        ({"attention_mask": lambda length: torch.arange(length)[None] > 0}, False),
-        ({"output_router_logits": lambda length: True}, False),
-        ({"output_hidden_states": lambda length: True}, False),
-    ],
+    some(ASKED, [ASKED[0], ASKED[3]]),
 )
 def test_what_is_asked_for(both: Any, how: "dict[str, Any]", passes: bool) -> None:
     engine, plain = both(experts_per_layer=EXPERTS)

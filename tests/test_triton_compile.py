@@ -22,6 +22,7 @@ def compiled(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_they_compile_and_nothing_is_spilled() -> None:
     """For a T4 and an H100."""
     done = compiled("--kernels", "vector 3g64", "matrix 4g64 16", "arrange", "combine", "lookup")
