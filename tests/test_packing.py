@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from greenroom import packing
+from greenroom.checkpoint.source import resolve
 from greenroom.config import EngineSettings
 from greenroom.engine import Engine
 from greenroom.errors import CheckpointError, GreenroomError, PackedModelError, PackError, UnsupportedModelError
@@ -550,6 +552,27 @@ def test_a_source_that_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
             pack(src, tmp_path / "m")
         one_line(caught, str(src))
+
+
+@pytest.mark.parametrize("free", [(3 << 30) - 1, 3 << 30])
+def test_what_the_disk_cannot_hold_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """Two shards of 2 GiB, of which one lies there; pictures are not fetched."""
+    sizes = {"a.safetensors": 2 << 30, "b.safetensors": (2 << 30) + 1024, "paper.pdf": 9 << 30}
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    blobs = tmp_path / "models--owner--name" / "blobs"
+    blobs.mkdir(parents=True)
+    with (blobs / "1").open("wb") as file:
+        file.truncate((1 << 30) + 1024)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(siblings=files))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "fetched"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    if free == 3 << 30:
+        assert resolve("owner/name") == tmp_path / "fetched"
+    else:
+        with pytest.raises(CheckpointError, match=r"needs 3.00 GiB more") as caught:
+            resolve("owner/name")
+        one_line(caught, "owner/name")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
