@@ -426,7 +426,8 @@ def test_two_engines_share_a_devices_memory(device_engines: Engines) -> None:
     """The second is told that there is too little left; where the first is closed, there is enough."""
     device = FakeDevice()
     first = device_engines(device=device, experts_per_layer=EXPERTS)
-    device.nbytes = 3 * device.allocated // 2
+    needed = first.plan.total - first.plan.runtime
+    device.nbytes = device.allocated + needed - 1
     with pytest.raises(BudgetError, match="give a smaller --vram"):
         device_engines(device=device, experts_per_layer=EXPERTS)
     first.close()
@@ -437,5 +438,10 @@ def test_a_device_that_is_too_small_is_one_line(device_engines: Engines) -> None
     with pytest.raises(BudgetError, match="give a smaller --vram") as caught:
         device_engines(device=FakeDevice(nbytes=1 << 16))
     assert "\n" not in str(caught.value)
+    plan = device_engines().plan
+    needed = plan.total - plan.runtime  # the driver's own part is not free any more
+    device_engines(device=FakeDevice(nbytes=needed))
+    with pytest.raises(BudgetError, match=f"at most {(needed - 1 + plan.runtime) >> 20}MiB"):
+        device_engines(device=FakeDevice(nbytes=needed - 1))
     with pytest.raises(BudgetError, match=r"give --vram \d+MiB or more"):
         device_engines(vram=1 << 20, experts_per_layer=None)

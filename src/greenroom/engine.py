@@ -104,15 +104,12 @@ class Engine:
         """Slots on the device, what it lacks in RAM as far as that goes, the rest on disk."""
         assert self.plan.ram is not None
         settings, nbytes = self.settings, self.plan.record_nbytes
+        self._check_free(device)
         try:
             self.model.to(device.place)
             arena = DeviceArena(device, self.plan.slots + self.plan.staging_buffers, nbytes)
         except torch.OutOfMemoryError as error:
-            free, total = device.memory()
-            raise BudgetError(
-                f"{device.title()} has {format_bytes(free)} free of {format_bytes(total)}, which cannot hold "
-                f"{format_bytes(self.plan.total)}: give a smaller --vram"
-            ) from error
+            raise self._too_large_for(device) from error
         host = Arena(self.plan.ram.slots + self.plan.staging_buffers, nbytes)
         self._transfer = TierTransfer(
             arena,
@@ -129,6 +126,21 @@ class Engine:
             cpu_kernel=self._experts,
             placement=Placement(settings.cpu_experts),
             **self._parts(),
+        )
+
+    def _check_free(self, device: Device) -> None:
+        """Some drivers (WSL's) give out more than there is, and move it to and fro. The driver's own part is taken by
+        now."""
+        device.trim()
+        if self.plan.total - self.plan.runtime > device.memory()[0]:
+            raise self._too_large_for(device)
+
+    def _too_large_for(self, device: Device) -> BudgetError:
+        free, total = device.memory()
+        return BudgetError(
+            f"{device.title()} has {format_bytes(free)} free of {format_bytes(total)}, which cannot hold "
+            f"{format_bytes(self.plan.total - self.plan.runtime)}: give a smaller --vram, at most "
+            f"{(free + self.plan.runtime) >> 20}MiB"
         )
 
     def _shrink(self) -> None:
