@@ -1,5 +1,6 @@
 """Launches that are bound once: what goes Triton's own way, and what is handed to what it compiled."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,7 +8,24 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from greenroom.kernels import device
 from greenroom.kernels.gpu.bound import Bound
+
+
+def test_what_triton_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles some C when a GPU is first used."""
+
+    class Driver:
+        @property
+        def active(self) -> Any:
+            raise RuntimeError("Failed to find C compiler.\nmore")
+
+    monkeypatch.setattr(device.triton.runtime, "driver", Driver())
+    assert device._no_launcher().startswith("triton cannot compile its launcher (Failed to find C compiler.)")
+    monkeypatch.setattr(
+        device.triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=int))
+    )
+    assert device._no_launcher() == ""
 
 
 class Kernel:

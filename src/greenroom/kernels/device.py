@@ -70,6 +70,16 @@ def unusable(device: "torch.device | str" = "cuda") -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"
+    return _no_launcher()
+
+
+def _no_launcher() -> str:
+    """Triton compiles a small part of its own, in C, on the machine that it first runs on."""
+    try:
+        triton.runtime.driver.active.get_current_device()
+    except Exception as error:  # of the compiler's process, of the linker, of the file system
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        return f"triton cannot compile its launcher ({reason}): install a C compiler and Python's headers"
     return ""
 
 

@@ -3,6 +3,7 @@
 The choice depends on the device and on the layer's experts alone.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -49,8 +50,13 @@ class SlotsKernel(Protocol):
 
 
 def choose(place: torch.device) -> SlotsKernel:
-    """The kernels for a device."""
-    return slots if place.type == "cpu" or device.unusable(place) else Compiled()
+    """The kernels for a device. Warns where a GPU has to do with the definition, which is many times slower."""
+    if place.type == "cpu":
+        return slots
+    if reason := device.unusable(place):
+        warnings.warn(f"experts on the GPU are computed by torch, slowly: {reason}", RuntimeWarning, stacklevel=2)
+        return slots
+    return Compiled()
 
 
 def describe(place: torch.device) -> str:
