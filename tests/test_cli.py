@@ -58,6 +58,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
+def as_gpu(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    """A fake device is the machine's GPU."""
+    for room in ("device", "engine"):
+        monkeypatch.setattr(f"greenroom.{room}.find_gpu", make)
+
+
 def test_run_streams_and_reports(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "run", "demo", "hello", "--max-new-tokens", "5", "--stats", "--json")
     report = json.loads(out[-1])
@@ -154,7 +160,7 @@ def test_plan_of_a_gpu_needs_none(packed: Path, capsys: pytest.CaptureFixture[st
 def test_run_on_a_device(packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ask = ["run", str(packed), "hello", "--max-new-tokens", "6", "--json"]
     wanted = json.loads(call(capsys, *ask)[1][-1])["text"]
-    monkeypatch.setattr("greenroom.engine.find_gpu", FakeDevice)
+    as_gpu(monkeypatch, FakeDevice)
     code, out, err = call(capsys, *ask, "--vram", "1GiB", "--experts-per-layer", "1", "--stats")
     report = json.loads(out[-1])
     assert code == 0 and report["text"] == wanted
@@ -197,10 +203,43 @@ def test_bench_prints_the_floor_first(packed: Path, capsys: pytest.CaptureFixtur
     assert report["ratio_to_floor"] > 0
 
 
+def test_a_gpu_is_looked_for_before_anything_is_packed(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("greenroom.library._in_child", lambda job: pytest.fail("packed for a GPU that is not there"))
+    monkeypatch.setenv("GREENROOM_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    for command in (["run", "demo", "hello"], ["chat", "demo"], ["bench", "demo"]):
+        assert "built for CUDA" in refused(capsys, *command, "--vram", "1GiB")
+    with pytest.raises(ConfigError, match="built for CUDA"):
+        greenroom.load("demo", vram="1GiB")
+
+
+def test_a_child_that_packs_may_fetch_what_its_parent_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook's secrets are not in its environment."""
+    given: list[Any] = []
+
+    class Child:
+        returncode = 0
+
+        def __init__(self, command: "list[str]", env: "dict[str, str]", **_: Any) -> None:
+            given.append(env.get("HF_TOKEN"))
+
+        def communicate(self) -> "tuple[str, None]":
+            return "", None
+
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for token in (lambda: "secret", lambda: None, lambda: 1 / 0):
+        monkeypatch.setattr("huggingface_hub.get_token", token)
+        library._in_child({})
+    assert given == ["secret", None, None]
+
+
 def test_bench_on_a_device_knows_the_link(
     packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("greenroom.engine.find_gpu", lambda: FakeDevice(link_bytes_per_s=1e5))
+    as_gpu(monkeypatch, lambda: FakeDevice(link_bytes_per_s=1e5))
     flags = ["--tokens", "3", "--trials", "1", "--prompt-tokens", "5", "--json", "--no-cpu-experts", "--vram", "1GiB"]
     code, out, _ = call(capsys, "bench", str(packed), *flags, "--experts-per-layer", "0")
     report = json.loads(out[-1])

@@ -21,6 +21,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "greenroom"
 
 
+def of_child(hub_token: "str | None") -> "dict[str, str]":
+    """This process's environment for a child, with the token that the hub's client reads there."""
+    return {**os.environ, **({"HF_TOKEN": hub_token} if hub_token else {})}
+
+
 def isa() -> str:
     """The instruction set to compute with, in lower case; empty for the best."""
     return os.environ.get("GREENROOM_ISA", "").strip().lower()

@@ -97,7 +97,7 @@ def _cache_name(model: str, source: Path, settings: "dict[str, int]", demo: bool
 def _in_child(job: "dict[str, Any]") -> None:
     """Run `_build` in a child; its progress bar goes to our stderr, its error comes back as one."""
     command = [sys.executable, "-c", "from greenroom import library; library._child()", json.dumps(job)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment.of_child(_hub_token()))
     try:
         out, _ = child.communicate()
     except KeyboardInterrupt:
@@ -107,6 +107,23 @@ def _in_child(job: "dict[str, Any]") -> None:
         raise PackError("interrupted while packing: run the same command again and it resumes") from None
     if child.returncode:
         raise _error_of(child.returncode, out)
+
+
+def _hub_token() -> "str | None":
+    """What this process may fetch with: a notebook's secrets are not seen by its children."""
+    with contextlib.suppress(Exception):  # whatever keeps it from being told, the hub says what it lacks
+        from huggingface_hub import get_token
+
+        return get_token()
+    return None
+
+
+def check_device(vram: "int | str | None") -> None:
+    """Look for the GPU before anything is fetched or packed for it. Raises ConfigError where there is none."""
+    if vram is not None:
+        from greenroom.device import find_gpu
+
+        find_gpu()
 
 
 def _error_of(status: int, out: str) -> GreenroomError:
@@ -275,6 +292,7 @@ def load(
         readers=readers,
         validate=validate,
     )
+    check_device(settings.vram)
     folder = find(
         model, expert_bits=expert_bits, attention_bits=attention_bits, head_bits=head_bits, group_size=group_size
     )

@@ -31,6 +31,7 @@ def execute(options: argparse.Namespace) -> int:
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
     generation.check_sampling(options)
+    library.check_device(options.vram)
     folder = library.find(options.model, **shared.bits_of(options))
     tokenizer = library.tokenizer_of(folder)
     if tokenizer is None:
