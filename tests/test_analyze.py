@@ -107,6 +107,7 @@ def test_analyze_prints_draws_and_reports(tmp_path: Path, capsys: pytest.Capture
     assert {Path(plot).name for plot in body["plots"]} == names == {p.name for p in (tmp_path / "t").iterdir()}
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_bytes_again(tmp_path: Path) -> None:
     path = tmp_path / "t.npz"
     write_trace(path, example(60))

@@ -378,6 +378,7 @@ def test_a_cell_that_fails_leaves_the_others(
     assert (len(found["cells"]), len(found["failed"])) == (1, 1)
 
 
+@pytest.mark.slow
 def test_greenroom_s_worker_reads_what_the_cache_core_predicts(tmp_path: Path) -> None:
     synthetic.write(tmp_path / "model", TINY, PAIRINGS["4"])
     job = {

@@ -287,6 +287,7 @@ def test_other_bits_than_packed_are_refused(packed: Path, capsys: pytest.Capture
     assert "expert_bits=4" in refused(capsys, "run", str(packed), "hello", "--expert-bits", "2")
 
 
+@pytest.mark.slow
 def test_verbose_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = call(capsys, "run", "nowhere", "hello", "--verbose")
     assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("greenroom: ")

@@ -144,6 +144,7 @@ def test_perplexity_alone(packed: Path, text: Path, capsys: pytest.CaptureFixtur
     assert report["kl"] is None and report["perplexity"]["se"] is None and report["original_nbytes"] is None
 
 
+@pytest.mark.slow
 def test_an_unpacked_checkpoint_is_packed_first(
     cache: Path,  # noqa: F811
     text: Path,

@@ -160,7 +160,7 @@ def run(case: Case, packed: PackedModel, store: "Store | None" = None) -> torch.
 # --- what is served is what transformers computes
 
 
-@each(RUN)
+@each(RUN, FEW)
 def test_16_bits_equal_transformers(case: Case) -> None:
     packed = case.pack(16)
     with running(packed) as engine:

@@ -65,7 +65,8 @@ def test_the_host_waits_for_what_it_reads(
     assert engine.steps.launched == launched, "layers were settled by what was not there yet"
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     ram_slots=st.integers(0, EXPERTS * LAYERS),
     slots=st.integers(0, 5),

@@ -372,6 +372,7 @@ def test_a_forked_child_computes_and_both_exit() -> None:
 
 
 @built
+@pytest.mark.slow
 def test_the_instruction_set_can_be_named() -> None:
     assert EXTENSION is not None
     for name in EXTENSION.available():

@@ -38,6 +38,7 @@ def bench(packed: PackedModel, capsys: pytest.CaptureFixture[str], *more: str) -
     return lines[:-1], json.loads(lines[-1])
 
 
+@pytest.mark.slow
 def test_the_papers_rows(packed4: PackedModel, capsys: pytest.CaptureFixture[str], a_gpu: None) -> None:
     pytest.importorskip("accelerate")
     lines, report = bench(packed4, capsys)

@@ -107,6 +107,7 @@ def test_a_layer_that_is_captured_late_hands_on_new_values(device_engines: Engin
     assert engine.steps.replayed == before + LAYERS * len(TOKENS)
 
 
+@pytest.mark.slow
 def test_inference_mode_comes_and_goes(device_engines: Engines) -> None:
     """What it makes cannot be written without it; also where a layer has to be taken again."""
     expected = decoded(ahead(device_engines(experts_per_layer=EXPERTS), False).model)
