@@ -293,6 +293,7 @@ def test_verbose_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None
     assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("greenroom: ")
 
 
+@pytest.mark.slow
 def test_an_error_of_the_packing_child_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert "dense" in refused(capsys, "run", str(tmp_path), "hello")
@@ -344,6 +345,7 @@ def test_load_in_bfloat16(packed: Path) -> None:
             greenroom.load(packed, dtype=wrong)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_tokenizer(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     library.find("demo")
     source = tmp_path / "bare"

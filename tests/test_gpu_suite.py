@@ -206,6 +206,7 @@ def _wrong(model: str) -> "dict[str, Any]":
     return dataclasses.asdict(one) | {"right": one.right}
 
 
+@pytest.mark.slow
 def test_what_checks_found_before_they_failed_or_were_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     line = json.dumps(_wrong("odd"))
     scripts = [f"print({line!r}, flush=True); {end}" for end in ("exit(1)", "exit(7)", "import time; time.sleep(60)")]

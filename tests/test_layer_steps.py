@@ -165,6 +165,7 @@ def test_out_of_memory_on_the_way(
     assert same(decoded(engine.model), expected)
 
 
+@pytest.mark.slow
 def test_an_interrupt_on_the_way(expected: "list[torch.Tensor]", device_engines: Engines) -> None:
     engine = ahead(device_engines(experts_per_layer=2))
     decoded(engine.model)

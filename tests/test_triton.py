@@ -204,8 +204,9 @@ def test_every_gate(kind: str, tokens: int, biased: bool) -> None:
     assert distance(wanted_pairs(x, arena, slots, its, other), wanted) > 3 * TOLERANCE
 
 
+@pytest.mark.slow
 @settings(
-    max_examples=2, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
 )
 @given(
     format=st.sampled_from(FORMATS),
