@@ -49,3 +49,8 @@ class DemoError(GreenroomError):
 
 class TraceError(GreenroomError):
     """A routing trace that is missing, foreign, truncated or corrupted, or cannot be written."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of one line: its first, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,7 +5,7 @@ import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
-from greenroom.errors import CheckpointError
+from greenroom.errors import CheckpointError, first_line
 from greenroom.sizes import format_bytes
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -56,8 +56,7 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=_WANTED))
     except Exception as error:  # the hub client raises a dozen kinds, from several HTTP libraries
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{hub_id} is no local folder and could not be fetched from the hub ({reason}): download it elsewhere and "
-            "give its folder"
+            f"{hub_id} is no local folder and could not be fetched from the hub ({first_line(error)}): download it "
+            "elsewhere and give its folder"
         ) from error

@@ -13,7 +13,7 @@ import torch
 
 from greenroom.device.protocol import CaptureError, T, tensors
 from greenroom.device.rules import told_of_capture
-from greenroom.errors import ConfigError
+from greenroom.errors import ConfigError, first_line
 
 cuda: Any = torch.cuda  # its types are incomplete
 
@@ -185,7 +185,7 @@ class CudaDevice:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                raise CaptureError(_first_line(error)) from error
+                raise CaptureError(first_line(error)) from error
         cuda.current_stream(self.place).wait_stream(self._capturing)
         captured = CudaCaptured(graph, result, back)
         self._graphs.add(captured)
@@ -278,10 +278,6 @@ def _nothing_waits() -> "Iterator[None]":
     except RuntimeError as error:
         if "synchroniz" not in str(error):
             raise
-        raise CaptureError(_first_line(error)) from error
+        raise CaptureError(first_line(error)) from error
     finally:
         cuda.set_sync_debug_mode(before)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

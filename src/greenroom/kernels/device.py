@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import torch
 
 from greenroom.buffers import sent
+from greenroom.errors import first_line
 from greenroom.kernels.gpu import MOST_TOKENS
 from greenroom.kernels.reference import Activation
 from greenroom.packed import RecordTensor
@@ -78,8 +79,7 @@ def _no_launcher() -> str:
     try:
         triton.runtime.driver.active.get_current_device()
     except Exception as error:  # of the compiler's process, of the linker, of the file system
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        return f"triton cannot compile its launcher ({reason}): install a C compiler and Python's headers"
+        return f"triton cannot compile its launcher ({first_line(error)}): install a C compiler and Python's headers"
     return ""
 
 

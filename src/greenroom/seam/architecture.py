@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.quantizers import AutoHfQuantizer
 
-from greenroom.errors import CheckpointError, GreenroomError, UnsupportedModelError
+from greenroom.errors import CheckpointError, GreenroomError, UnsupportedModelError, first_line
 
 
 def load_config(folder: Path) -> Any:
@@ -35,13 +35,9 @@ def load_config(folder: Path) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # configuration classes validate themselves, each in its own way
         raise UnsupportedModelError(
-            f"{path}: transformers {transformers.__version__} cannot read this configuration ({_first_line(error)}): "
+            f"{path}: transformers {transformers.__version__} cannot read this configuration ({first_line(error)}): "
             "fetch the checkpoint again, or update transformers"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def model_class(config: Any) -> Any:
@@ -91,7 +87,7 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     except Exception as error:  # modelling code meets sizes that cannot be, or packages that are not there
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} cannot build a {config.model_type} model from this config.json "
-            f"({_first_line(error)}): fetch the checkpoint again, or install what it asks for"
+            f"({first_line(error)}): fetch the checkpoint again, or install what it asks for"
         ) from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from greenroom.errors import TraceError
+from greenroom.errors import TraceError, first_line
 
 VERSION = 1
 
@@ -140,10 +140,6 @@ def read_arrays(path: Path) -> "dict[str, NDArray[Any]]":
     except FileNotFoundError:
         raise TraceError(f"{path} does not exist: record a trace with greenroom trace") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, KeyError, MemoryError) as error:
-        raise TraceError(f"{path} cannot be read ({_first_line(error)}): it is truncated or no npz file") from error
+        raise TraceError(f"{path} cannot be read ({first_line(error)}): it is truncated or no npz file") from error
     except Exception as error:  # zlib.error, struct.error, tokenize errors of a damaged header
-        raise TraceError(f"{path} is damaged ({_first_line(error)}): record or fetch it again") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        raise TraceError(f"{path} is damaged ({first_line(error)}): record or fetch it again") from error
