@@ -556,7 +556,7 @@ def test_a_source_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("free", [(3 << 30) - 1, 3 << 30])
 def test_what_the_disk_cannot_hold_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    """Two shards of 2 GiB, of which one lies there; pictures are not fetched."""
+    """Two shards of 2 GiB, of which half of one lies there; pictures are not fetched."""
     sizes = {"a.safetensors": 2 << 30, "b.safetensors": (2 << 30) + 1024, "paper.pdf": 9 << 30}
     files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
     blobs = tmp_path / "models--owner--name" / "blobs"

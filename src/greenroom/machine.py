@@ -1,8 +1,9 @@
-"""What this machine has: memory, and bandwidths that are measured, never assumed."""
+"""What this machine has: memory, disk, and bandwidths that are measured, never assumed."""
 
 import contextlib
 import ctypes
 import re
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +19,12 @@ def available_memory() -> int:
     match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     free = int(match[1]) * 1024 if match else 0
     return min([free, *_cgroup_rooms()])
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where `folder` lies, or will."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(there).free
 
 
 def give_back_freed() -> None:

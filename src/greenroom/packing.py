@@ -20,6 +20,7 @@ from greenroom.buffers import byte_view
 from greenroom.checkpoint import Checkpoint, DenseGroup, resolve
 from greenroom.config import PackSettings
 from greenroom.errors import CheckpointError, ConfigError, PackedModelError, PackError
+from greenroom.machine import free_disk
 from greenroom.packed import (
     MANIFEST_NAME,
     RECORD_ALIGNMENT,
@@ -169,8 +170,7 @@ class _Packing:
 
     def _check_space(self, journal: Journal) -> None:
         needed = sum(file.nbytes for file in self.files if file.name not in journal.done)
-        parent = next(folder for folder in (self.dst, *self.dst.absolute().parents) if folder.exists())
-        free = shutil.disk_usage(parent).free
+        free = free_disk(self.dst)
         if needed > free:
             raise PackError(
                 f"{self.dst} needs {format_bytes(needed)} of disk and {format_bytes(free)} are free: make room, or "

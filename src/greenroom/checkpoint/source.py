@@ -1,11 +1,11 @@
 """Where a checkpoint lies: a local folder, or a hub id that is downloaded through huggingface_hub."""
 
 import re
-import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
 from greenroom.errors import CheckpointError, first_line
+from greenroom.machine import free_disk
 from greenroom.sizes import format_bytes
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -41,10 +41,9 @@ def _check_room(hub_id: str) -> None:
     there = cache / repo_folder_name(repo_id=hub_id, repo_type="model") / "blobs"
     held = sum(path.stat().st_size for path in there.iterdir()) if there.is_dir() else 0
     needed = sum(file.size or 0 for file in wanted) - held
-    exists = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    if needed > (free := shutil.disk_usage(exists).free):
+    if needed > (free := free_disk(cache)):
         raise CheckpointError(
-            f"{hub_id} needs {format_bytes(needed)} more on {exists}, which has {format_bytes(free)} free, and the "
+            f"{hub_id} needs {format_bytes(needed)} more in {cache}, where {format_bytes(free)} are free, and the "
             "packed model comes beside it: set HF_HOME to a larger disk, or give a folder that was packed elsewhere"
         )
 
