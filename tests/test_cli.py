@@ -58,12 +58,6 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
-def as_gpu(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
-    """A fake device is the machine's GPU."""
-    for room in ("device", "engine"):
-        monkeypatch.setattr(f"greenroom.{room}.find_gpu", make)
-
-
 def test_run_streams_and_reports(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "run", "demo", "hello", "--max-new-tokens", "5", "--stats", "--json")
     report = json.loads(out[-1])
@@ -160,7 +154,7 @@ def test_plan_of_a_gpu_needs_none(packed: Path, capsys: pytest.CaptureFixture[st
 def test_run_on_a_device(packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ask = ["run", str(packed), "hello", "--max-new-tokens", "6", "--json"]
     wanted = json.loads(call(capsys, *ask)[1][-1])["text"]
-    as_gpu(monkeypatch, FakeDevice)
+    monkeypatch.setattr("greenroom.engine.find_gpu", FakeDevice)
     code, out, err = call(capsys, *ask, "--vram", "1GiB", "--experts-per-layer", "1", "--stats")
     report = json.loads(out[-1])
     assert code == 0 and report["text"] == wanted
@@ -206,7 +200,7 @@ def test_bench_prints_the_floor_first(packed: Path, capsys: pytest.CaptureFixtur
 def test_a_gpu_is_looked_for_before_anything_is_packed(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("greenroom.library._in_child", lambda job: pytest.fail("packed for a GPU that is not there"))
+    monkeypatch.setattr(library, "_in_child", lambda job: pytest.fail("packed for a GPU that is not there"))
     monkeypatch.setenv("GREENROOM_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", None)
     for command in (["run", "demo", "hello"], ["chat", "demo"], ["bench", "demo"]):
@@ -239,7 +233,7 @@ def test_a_child_that_packs_may_fetch_what_its_parent_may(monkeypatch: pytest.Mo
 def test_bench_on_a_device_knows_the_link(
     packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    as_gpu(monkeypatch, lambda: FakeDevice(link_bytes_per_s=1e5))
+    monkeypatch.setattr("greenroom.engine.find_gpu", lambda: FakeDevice(link_bytes_per_s=1e5))
     flags = ["--tokens", "3", "--trials", "1", "--prompt-tokens", "5", "--json", "--no-cpu-experts", "--vram", "1GiB"]
     code, out, _ = call(capsys, "bench", str(packed), *flags, "--experts-per-layer", "0")
     report = json.loads(out[-1])

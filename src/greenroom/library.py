@@ -31,14 +31,19 @@ _DEMO_BITS = {"expert_bits": 4, "attention_bits": 8, "head_bits": 8, "group_size
 _DEFAULT_BITS = {"expert_bits": 4, "attention_bits": 16, "head_bits": 8}
 
 
-def find(model: "str | Path", **bits: "int | None") -> Path:
+def find(model: "str | Path", vram: "int | str | None" = None, **bits: "int | None") -> Path:
     """The packed folder of `model`, packing it into the cache on first use.
 
-    `bits`: expert_bits, attention_bits, head_bits, group_size; None takes the default. Raises ConfigError where a
-    packed folder is asked for other bits than it has, and what packing raises.
+    `vram`: what it is to have of a GPU's memory, which is looked for before anything is fetched or packed. `bits`:
+    expert_bits, attention_bits, head_bits, group_size; None takes the default. Raises ConfigError where there is no GPU
+    or a packed folder is asked for other bits than it has, and what packing raises.
     """
     target, settings = place(model, bits)
     if not (target / "greenroom.json").is_file():
+        if vram is not None:
+            from greenroom.device import check_gpu
+
+            check_gpu()
         _in_child({"source": str(model), "target": str(target), "demo": is_demo(model), "settings": settings})
     return target
 
@@ -116,14 +121,6 @@ def _hub_token() -> "str | None":
 
         return get_token()
     return None
-
-
-def check_device(vram: "int | str | None") -> None:
-    """Look for the GPU before anything is fetched or packed for it. Raises ConfigError where there is none."""
-    if vram is not None:
-        from greenroom.device import find_gpu
-
-        find_gpu()
 
 
 def _error_of(status: int, out: str) -> GreenroomError:
@@ -292,8 +289,6 @@ def load(
         readers=readers,
         validate=validate,
     )
-    check_device(settings.vram)
-    folder = find(
-        model, expert_bits=expert_bits, attention_bits=attention_bits, head_bits=head_bits, group_size=group_size
-    )
+    bits = {"expert_bits": expert_bits, "attention_bits": attention_bits, "head_bits": head_bits}
+    folder = find(model, vram, **bits, group_size=group_size)
     return start(model, folder, settings, dtype).model, tokenizer_of(folder)

@@ -36,8 +36,7 @@ def execute(options: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} is too small")
     if options.paper:
         return paper.execute(options)
-    library.check_device(options.vram)
-    folder = library.find(options.model, **shared.bits_of(options))
+    folder = library.find(options.model, options.vram, **shared.bits_of(options))
     prompt = _prompt(options, folder)
     context = prompt.shape[1] + options.tokens
     engine = library.start(options.model, folder, shared.settings_of(options, context))

@@ -35,8 +35,7 @@ def execute(options: argparse.Namespace) -> int:
     from greenroom.cli import generation
 
     generation.check_sampling(options)
-    library.check_device(options.vram)
-    folder = library.find(options.model, **shared.bits_of(options))
+    folder = library.find(options.model, options.vram, **shared.bits_of(options))
     tokenizer = library.tokenizer_of(folder)
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"{options.model} has no chat template: use greenroom run")

@@ -31,8 +31,7 @@ def execute(options: argparse.Namespace) -> int:
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
     generation.check_sampling(options)
-    library.check_device(options.vram)
-    folder = library.find(options.model, **shared.bits_of(options))
+    folder = library.find(options.model, options.vram, **shared.bits_of(options))
     tokenizer = library.tokenizer_of(folder)
     if tokenizer is None:
         raise ConfigError(f"{options.model} has no tokenizer: add its tokenizer files to the checkpoint and pack again")

@@ -4,8 +4,8 @@
 with clocks of its own, so that everything above can be tested where there is no GPU.
 """
 
-from greenroom.device.cuda import CudaDevice, find_gpu
+from greenroom.device.cuda import CudaDevice, check_gpu, find_gpu
 from greenroom.device.fake import FakeDevice
 from greenroom.device.protocol import Captured, CaptureError, Device, Event
 
-__all__ = ["CaptureError", "Captured", "CudaDevice", "Device", "Event", "FakeDevice", "find_gpu"]
+__all__ = ["CaptureError", "Captured", "CudaDevice", "Device", "Event", "FakeDevice", "check_gpu", "find_gpu"]

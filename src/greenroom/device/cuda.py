@@ -42,8 +42,8 @@ class CudaCaptured:
         return self._event
 
 
-def find_gpu() -> "CudaDevice":
-    """The current GPU. Raises ConfigError, saying what would help, where there is none."""
+def check_gpu() -> None:
+    """Raises ConfigError, saying what would help, where there is no GPU. Takes none of its memory."""
     if torch.version.cuda is None:
         raise ConfigError(
             f"--vram needs a torch that is built for CUDA, and {torch.__version__} is not: "
@@ -51,6 +51,11 @@ def find_gpu() -> "CudaDevice":
         )
     if not cuda.is_available():
         raise ConfigError("--vram needs an NVIDIA GPU and torch sees none: look at nvidia-smi, or give --ram alone")
+
+
+def find_gpu() -> "CudaDevice":
+    """The current GPU. Raises ConfigError as `check_gpu`."""
+    check_gpu()
     return CudaDevice(cuda.current_device())
 
 
