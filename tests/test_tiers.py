@@ -36,7 +36,8 @@ def test_tiers_do_not_show(
         assert same(logits_of(engine.model), device_logits)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32),
     ram_slots=st.integers(0, EXPERTS * LAYERS),
