@@ -181,7 +181,7 @@ def tier(box: Box) -> None:
         command += ["--seconds", f"{max(1.0, seconds - 15):.0f}", "--out", str(out)]
         try:  # its stderr is this one's, so that it shows where it is
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=max(1.0, seconds))
-            error = "" if done.returncode in (0, 3) else f"status {done.returncode}"
+            error = "" if done.returncode in (0, gpu_tier.SOME_FAILED) else f"status {done.returncode}"
         except subprocess.TimeoutExpired:
             error = f"stopped after {seconds:.0f} s"
         if out.is_file():

@@ -34,6 +34,8 @@ Result = dict[str, Any]
 
 GB = 10**9
 ALL_VRAM = 24 * GB
+SOME_FAILED = 3
+"""The exit status where some part failed and the others were measured; 1 is what a process gives that broke off."""
 """Holds every expert of Mixtral at 2 bits."""
 Case = tuple[str, int, int]
 """(row, slots per layer, bytes of the device's memory)"""
@@ -254,7 +256,7 @@ def _row_line(one: Result, naive: "float | None") -> str:
 
 
 def main() -> int:
-    """Measure, and write after each part. Status 3: some part failed; 1 is what a process gives that broke off."""
+    """Measure, and write after each part."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
     parser.add_argument("--models", type=Path, required=True, help="a folder for the models")
     parser.add_argument("--out", type=Path)
@@ -274,7 +276,7 @@ def main() -> int:
     tier = Tier(result["tier"], options.seconds, keep)
     measure(tier, models, find_gpu())
     print("\n".join(table(tier.found)))
-    return 3 if tier.found["failed"] else 0
+    return SOME_FAILED if tier.found["failed"] else 0
 
 
 if __name__ == "__main__":
