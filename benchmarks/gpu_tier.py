@@ -34,9 +34,9 @@ Result = dict[str, Any]
 
 GB = 10**9
 ALL_VRAM = 24 * GB
+"""Holds every expert of Mixtral at 2 bits."""
 SOME_FAILED = 3
 """The exit status where some part failed and the others were measured; 1 is what a process gives that broke off."""
-"""Holds every expert of Mixtral at 2 bits."""
 Case = tuple[str, int, int]
 """(row, slots per layer, bytes of the device's memory)"""
 

@@ -12,7 +12,7 @@ from greenroom import static_kv
 from greenroom.device import CaptureError, FakeDevice
 from greenroom.engine import Engine
 from greenroom.static_kv import NotServedError, StaticKV, adopt, room_for
-from greenroom.token_layers import Sights
+from greenroom.token_inputs import Sights
 from on_device import Engines
 from samples import some
 from test_engine import EXPERTS, LAYERS, SHORT, same

@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicCache
 from greenroom.device import Device
 from greenroom.device_runner import DeviceRunner, SentCall
 from greenroom.static_kv import NotServedError, StaticLayer, Window, only_grows
-from greenroom.token_layers import Arguments, Graph, Inputs, Sights, Token, TokenLayer, hidden_of
+from greenroom.token_inputs import Arguments, Inputs, Sights
+from greenroom.token_layers import Graph, Token, TokenLayer, hidden_of
 
 _STEADY = 0.95
 """The share of layers that found all their experts, from which on layers are launched ahead: where they are not

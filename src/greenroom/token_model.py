@@ -26,7 +26,8 @@ from greenroom.device import Captured, CaptureError, Device
 from greenroom.hooks import forward_hooks
 from greenroom.layer_steps import LayerSteps
 from greenroom.static_kv import NotServedError, StaticLayer, Window, lasting
-from greenroom.token_layers import Arguments, Graph, Inputs, Places, hidden_of
+from greenroom.token_inputs import Arguments, Inputs, Places
+from greenroom.token_layers import Graph, hidden_of
 
 _CACHED = {"past_key_values", "attention_mask"}
 """Arguments that change with the number of tokens."""
