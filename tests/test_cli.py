@@ -266,6 +266,7 @@ def test_bench_answers_a_prompt(packed: Path, capsys: pytest.CaptureFixture[str]
         (["run", "demo", "hello", "--prefetch", "-1"], "prefetch"),
         (["run", "demo", "hello", "--context", "0"], "context"),
         (["run", "demo", "hello", "--expert-bits", "5"], "invalid choice"),
+        (["run", "demo", "hello", "--dtype", "int8"], "invalid choice"),
         (["bench", "demo", "--trials", "0"], "--trials"),
         (["dance"], "invalid choice"),
         (["verify", "nowhere"], "nowhere"),
@@ -327,6 +328,20 @@ def test_load_returns_a_transformers_model_and_its_tokenizer(packed: Path) -> No
     model.greenroom.close()
     with pytest.raises(RuntimeError, match="closed"):
         model(ids)
+
+
+def test_numbers_that_float16_cannot_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line that names the remedy, and the remedy."""
+    from greenroom.model import MappedEmbedding
+
+    folder, embed = library.find("demo"), MappedEmbedding.forward
+    monkeypatch.setattr(MappedEmbedding, "forward", lambda self, ids: embed(self, ids) * 1e8)
+    arguments = ["run", str(folder), "hello", "--max-new-tokens", "2", "--dtype"]
+    line = refused(capsys, *arguments, "float16")
+    assert "float16" in line and "--dtype float32" in line
+    assert call(capsys, *arguments, "float32")[0] == 0
 
 
 def test_load_in_bfloat16(packed: Path) -> None:

@@ -6,6 +6,7 @@ from greenroom.errors import ConfigError
 from greenroom.quant import DEFAULT_GROUP_SIZE, Format
 
 _BITS = (2, 3, 4, 8, 16)
+_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,8 @@ class EngineSettings:
     `activation_bits`: of a prompt's activations on the CPU, beside weights of 4 bits or fewer: 16, or 8 for speed.
     `context`: tokens of KV cache to reserve memory for; `prompt_chunk`: the most tokens of a prompt that go through the
     model at once, whose activations are reserved. `reserve`: bytes that whoever runs the model takes for its own work,
-    counted with the working set. `readers`: reads in flight.
+    counted with the working set. `readers`: reads in flight. `dtype`: of activations, "float32", "bfloat16" or
+    "float16"; None for float32 on the CPU, and on a GPU the one of 16 bits that it has.
     """
 
     ram: "int | None" = None
@@ -62,11 +64,14 @@ class EngineSettings:
     prompt_chunk: int = 512
     reserve: int = 0
     readers: int = 4
+    dtype: "str | None" = None
     validate: bool = False
 
     def __post_init__(self) -> None:
         _at_least(1, ram=self.ram, vram=self.vram, staging=self.staging, lookahead=self.lookahead, context=self.context)
         _at_least(1, prompt_chunk=self.prompt_chunk, readers=self.readers)
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {self.dtype}")
         if self.activation_bits not in (8, 16):
             raise ConfigError(f"activation_bits must be 8 or 16, not {self.activation_bits!r}")
         _at_least(

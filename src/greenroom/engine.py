@@ -45,7 +45,6 @@ class Engine:
         self,
         packed: PackedModel,
         settings: EngineSettings,
-        dtype: "torch.dtype | None" = None,
         *,
         history: "History | None" = None,
         store: "Store | None" = None,
@@ -56,7 +55,8 @@ class Engine:
         self._policy_name = planner.check_policy(settings.policy, sorted(POLICIES))
         self.packed, self.settings = packed, settings
         self.device = None if settings.vram is None else device or find_gpu()
-        dtype = dtype or (torch.float32 if self.device is None else self.device.dtype)
+        place = torch.float32 if self.device is None else self.device.dtype
+        dtype = place if settings.dtype is None else getattr(torch, settings.dtype)
         threads.take_over()
         self.kernel = kernels.describe(dtype) if self.device is None else over_slots.describe(self.device.place)
         """which kernel computes, for people"""

@@ -184,9 +184,7 @@ def with_demo_share(settings: "EngineSettings", manifest: "Manifest") -> "Engine
     return dataclasses.replace(settings, expert_budget=experts_nbytes // DEMO_EXPERT_SHARE)
 
 
-def start(
-    model: "str | Path", folder: Path, settings: "EngineSettings", dtype: "torch.dtype | str | None" = None
-) -> "Engine":
+def start(model: "str | Path", folder: Path, settings: "EngineSettings") -> "Engine":
     """A running engine for `model`, packed in `folder`."""
     from greenroom.engine import Engine
     from greenroom.history import History
@@ -195,23 +193,10 @@ def start(
     packed = PackedModel(folder)
     if is_demo(model):
         settings = with_demo_share(settings, packed.manifest)
-    engine = Engine(packed, settings, _dtype(dtype), history=History(packed.manifest))
+    engine = Engine(packed, settings, history=History(packed.manifest))
     if engine.decode.enabled:
         engine.decode.prove()  # now, rather than within the first answer's second token
     return engine
-
-
-def _dtype(dtype: "torch.dtype | str | None") -> "torch.dtype | None":
-    import torch
-
-    if dtype is None:
-        return None
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    found = known.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if found not in known.values():
-        raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
-    assert isinstance(found, torch.dtype)
-    return found
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -287,8 +272,9 @@ def load(
         context=context,
         staging=staging,
         readers=readers,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         validate=validate,
     )
     bits = {"expert_bits": expert_bits, "attention_bits": attention_bits, "head_bits": head_bits}
     folder = find(model, vram, **bits, group_size=group_size)
-    return start(model, folder, settings, dtype).model, tokenizer_of(folder)
+    return start(model, folder, settings).model, tokenizer_of(folder)

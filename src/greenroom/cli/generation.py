@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import functools
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from greenroom.errors import ConfigError
+from greenroom.errors import ConfigError, PackedModelError
 from greenroom.metrics import Metrics, process_memory
 from greenroom.sizes import format_bytes
 
@@ -95,7 +96,13 @@ def answer(
         extra["prefill_chunk_size"] = PREFILL_CHUNK
     before, start_s = engine.metrics(), time.perf_counter()
     out = engine.model.generate(
-        **inputs, **sampling, **extra, max_new_tokens=options.max_new_tokens, streamer=streamer, num_beams=1
+        **inputs,
+        **sampling,
+        **extra,
+        max_new_tokens=options.max_new_tokens,
+        streamer=streamer,
+        logits_processor=[functools.partial(_numbers, engine.model.dtype)],
+        num_beams=1,
     )
     end_s, after = time.perf_counter(), engine.metrics()
     ids = out[0, prompt_tokens:].tolist()
@@ -126,6 +133,20 @@ def check_sampling(options: argparse.Namespace) -> None:
         raise ConfigError(f"--temperature must be 0 or more, not {options.temperature}")
     if not 0 < options.top_p <= 1:
         raise ConfigError(f"--top-p must be above 0 and at most 1, not {options.top_p}")
+
+
+def _numbers(dtype: Any, _: Any, scores: Any) -> Any:
+    """`scores`, if they are numbers. Models that were trained in bfloat16 may exceed what float16 holds."""
+    if not scores.isnan().any():
+        return scores
+    if str(dtype) == "torch.float32":
+        raise PackedModelError(
+            "the model's scores are not numbers, even in float32: greenroom verify tells whether its files are damaged"
+        )
+    raise ConfigError(
+        f"the model's scores are not numbers in {str(dtype).removeprefix('torch.')}: give --dtype float32, which is "
+        "slower and takes more memory"
+    )
 
 
 def _streamer(tokenizer: Any, engine: "Engine") -> Any:

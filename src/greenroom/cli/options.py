@@ -61,6 +61,11 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
         help="of a prompt's activations on the CPU: 8 reads prompts up to 1.6 times as fast, slightly less exactly",
     )
     group.add_argument("--context", type=int, default=None, metavar="TOKENS", help="tokens of KV cache to reserve")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of activations (default: float32; on a GPU bfloat16, or float16 where it has none)",
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -84,6 +89,7 @@ def settings_of(options: argparse.Namespace, context: int) -> "EngineSettings":
         prefetch=options.prefetch,
         lookahead=options.lookahead,
         activation_bits=options.activation_bits,
+        dtype=options.dtype,
         context=context if options.context is None else options.context,
     )
 
