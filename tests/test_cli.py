@@ -105,7 +105,7 @@ def test_chat_turns_equal_one_prompt(packed: Path, capsys: pytest.CaptureFixture
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nagain\n"))
     with_cache = call(capsys, "chat", "demo", "--max-new-tokens", "6", "--json")[1]
-    monkeypatch.setattr(chat, "_extends", lambda ids, cached: False)
+    monkeypatch.setattr(chat._Conversation, "_continues", lambda self, ids: False)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nagain\n"))
     without = call(capsys, "chat", "demo", "--max-new-tokens", "6", "--json")[1]
     assert json.loads(with_cache[-1])["text"] == json.loads(without[-1])["text"]

@@ -20,12 +20,14 @@ from torch import nn
 
 import families
 from families import FAMILIES, UNSERVED, VARIANTS
+from greenroom import seam
 from greenroom.config import EngineSettings
 from greenroom.device import FakeDevice
 from greenroom.engine import Engine
 from greenroom.errors import UnsupportedModelError
 from greenroom.packed import ExpertsEntry, PackedModel
 from greenroom.packing import pack
+from greenroom.prompts import Prompts
 from greenroom.quant import dequantize
 from greenroom.store import DiskStore, Store
 from samples import some
@@ -138,8 +140,10 @@ def each(names: "list[str]", kept: "list[str] | None" = None) -> pytest.MarkDeco
 
 
 @contextlib.contextmanager
-def running(packed: PackedModel, store: "Store | None" = None) -> "Iterator[Engine]":
-    engine = Engine(packed, SETTINGS, store=store)
+def running(
+    packed: PackedModel, store: "Store | None" = None, settings: EngineSettings = SETTINGS
+) -> "Iterator[Engine]":
+    engine = Engine(packed, settings, store=store)
     engine.runner.trace = []
     try:
         yield engine
@@ -191,6 +195,64 @@ def test_greedy_generation_equals_transformers(case: Case) -> None:
 
 
 @each(GENERATING, FEW)
+def test_a_prompt_in_pieces_equals_a_whole_one(case: Case) -> None:
+    """For two sequences, one of them padded; and transformers' modules by themselves cannot do it where we say so."""
+    ids = torch.randint(families.FIRST_ID, families.LAST_ID, (2, 17), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    want = first_logits(case.model, ids, mask)
+    with running(case.pack(16), settings=dataclasses.replace(SETTINGS, prompt_chunk=10)) as engine:
+        assert distance(first_logits(engine.model, ids, mask), want) < TOLERANCE
+    base, forward = case.model.base_model, case.model.base_model.forward
+    try:
+        Prompts(base, 10, continues=True)
+        wrong = distance(first_logits(case.model, ids, mask), want) > CONTROL
+    finally:
+        base.forward = forward
+    assert wrong == (not seam.continues(case.model.config))
+
+
+@each(GENERATING, FEW)
+def test_the_next_turn_equals_the_whole_conversation(case: Case) -> None:
+    """What `generate` kept of a conversation's first turn, continued by several tokens."""
+    ids = torch.randint(families.FIRST_ID, families.LAST_ID, (1, 12), generator=torch.Generator().manual_seed(3))
+    with running(case.pack(16)) as engine:
+        fresh = first_logits(engine.model, ids)
+        forget_batch(engine.model)
+        cache = engine.model.generate(ids[:, :7], max_new_tokens=1, return_dict_in_generate=True).past_key_values
+        if cache.get_seq_length() != 7:
+            assert case.name == "minimax", "chat starts over each turn"
+            return
+        assert distance(first_logits(engine.model, ids, past_key_values=cache), fresh) < TOLERANCE
+
+
+def first_logits(
+    model: transformers.PreTrainedModel, ids: torch.Tensor, mask: "torch.Tensor | None" = None, **others: object
+) -> torch.Tensor:
+    """Of the first token that is generated."""
+    if not others:
+        forget_batch(model)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        max_new_tokens=1,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **others,
+    )
+    logits: torch.Tensor = out.logits[0]
+    return logits
+
+
+def forget_batch(model: transformers.PreTrainedModel) -> None:
+    """Vision-language models keep positions of the last batch that they generated from."""
+    for module in model.modules():
+        if hasattr(module, "rope_deltas"):
+            module.rope_deltas = None
+
+
+@each(GENERATING, FEW)
 def test_captured_tokens_equal_transformers(case: Case) -> None:
     """On a fake device: the same bits as uncaptured ones, and transformers' logits."""
     settings = dataclasses.replace(SETTINGS, vram=1 << 30, cpu_experts=False, prefetch=0)
@@ -214,9 +276,7 @@ def test_captured_tokens_equal_transformers(case: Case) -> None:
 @torch.no_grad()
 def decoded(model: transformers.PreTrainedModel) -> "list[torch.Tensor]":
     """Logits of a few tokens after a prompt."""
-    for module in model.modules():
-        if hasattr(module, "rope_deltas"):  # vision-language models keep those of the last batch they generated from
-            module.rope_deltas = None
+    forget_batch(model)
     ids = torch.randint(families.FIRST_ID, families.LAST_ID, (1, 9), generator=torch.Generator().manual_seed(3))
     out, found = model(input_ids=ids, use_cache=True), []
     for token in (11, 12, 13, 14):

@@ -26,6 +26,7 @@ from greenroom.model import MappedEmbedding, build, routers
 from greenroom.packed import PackedModel
 from greenroom.placement import Placement
 from greenroom.prefetch import AUTOMATIC, Prefetcher
+from greenroom.prompts import Prompts
 from greenroom.runner import ExpertRunner
 from greenroom.sizes import format_bytes
 from greenroom.store import Arena, DiskStore, Store
@@ -91,6 +92,7 @@ class Engine:
             if (owner := seam.owner(self.model, layers)) is not None:
                 embeddings = [one for one in owner.modules() if isinstance(one, MappedEmbedding)]
                 self.around = TokenModel(owner, self.steps, self.device, embeddings)
+        self.prompts = Prompts(self.model.base_model, settings.prompt_chunk, seam.continues(config))
         self.model.greenroom = self
         seam.load_generation_config(self.model, packed.folder)
 

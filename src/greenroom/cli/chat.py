@@ -104,8 +104,7 @@ class _Conversation:
         self._messages.append({"role": "user", "content": line})
         inputs = generation.encode(self._tokenizer, self._messages)
         ids = inputs["input_ids"][0].tolist()
-        if self._cache is None or not _extends(ids, self._cached):
-            self._cache = transformers.DynamicCache(config=self._engine.model.config)
+        kept = {"past_key_values": self._cache} if self._continues(ids) else {}
         stop = transformers.StoppingCriteriaList([lambda *_: self._stop])
         with self._interruptible():
             answer = generation.answer(
@@ -113,15 +112,21 @@ class _Conversation:
                 self._tokenizer,
                 inputs,
                 self._options,
-                past_key_values=self._cache,
+                **kept,
                 stopping_criteria=stop,
             )
-        # the last token was generated but never fed: the cache holds everything before it
-        self._cached = ids + answer.token_ids[:-1]
+        self._cache, self._cached = answer.cache, ids + answer.token_ids[:-1]
         self._messages.append({"role": "assistant", "content": answer.text})
         self._last = answer.report()
         if self._options.stats:
             self._show()
+
+    def _continues(self, ids: "list[int]") -> bool:
+        """Whether the cache holds the beginning of `ids`, and knows it: one family's says that it is empty."""
+        length = len(self._cached)
+        if self._cache is None or length >= len(ids) or ids[:length] != self._cached:
+            return False
+        return int(self._cache.get_seq_length()) == length
 
     @contextlib.contextmanager
     def _interruptible(self) -> "Iterator[None]":
@@ -138,7 +143,3 @@ class _Conversation:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-def _extends(ids: "list[int]", cached: "list[int]") -> bool:
-    return len(ids) > len(cached) and ids[: len(cached)] == cached

@@ -14,9 +14,6 @@ from greenroom.sizes import format_bytes
 if TYPE_CHECKING:
     from greenroom.engine import Engine
 
-PREFILL_CHUNK = 512
-"""Prompt tokens per pass: bounds activations, and does not depend on the budget, so neither do the bits."""
-
 
 def step_nbytes(experts_nbytes: float) -> float:
     """More and less memory whose effect is told: 2 GiB, or an eighth of all experts where that is less."""
@@ -39,6 +36,8 @@ class Answer:
     slots_nbytes: int
     lru_hit_rates: "list[float]"
     """with 0, 1, … slots per layer"""
+    cache: Any
+    """the KV cache of all tokens but the last, which was not fed"""
     prompt: Metrics
     decode: Metrics
 
@@ -92,8 +91,6 @@ def answer(
         torch.manual_seed(options.seed)
     inputs = {name: value.to(engine.model.device) for name, value in inputs.items()}
     prompt_tokens = int(inputs["input_ids"].shape[1])
-    if prompt_tokens > PREFILL_CHUNK:
-        extra["prefill_chunk_size"] = PREFILL_CHUNK
     before, start_s = engine.metrics(), time.perf_counter()
     out = engine.model.generate(
         **inputs,
@@ -101,11 +98,12 @@ def answer(
         **extra,
         max_new_tokens=options.max_new_tokens,
         streamer=streamer,
+        return_dict_in_generate=True,
         logits_processor=[functools.partial(_numbers, engine.model.dtype)],
         num_beams=1,
     )
     end_s, after = time.perf_counter(), engine.metrics()
-    ids = out[0, prompt_tokens:].tolist()
+    ids = out.sequences[0, prompt_tokens:].tolist()
     first_s = streamer.first_s if streamer.first_s is not None else end_s
     middle = streamer.first_metrics if streamer.first_metrics is not None else after
     return Answer(
@@ -120,6 +118,7 @@ def answer(
         slots_per_layer=engine.plan.slots / len(engine.plan.experts),
         slots_nbytes=engine.plan.slots_nbytes,
         lru_hit_rates=engine.lru_hit_rates(),
+        cache=out.past_key_values,
         prompt=middle - before,
         decode=after - middle,
     )

@@ -109,14 +109,10 @@ def _generate(engine: Any, inputs: "dict[str, Any]", options: argparse.Namespace
     """Generate silently; the text is not wanted."""
     import torch
 
-    from greenroom.cli.generation import PREFILL_CHUNK
-
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         torch.manual_seed(options.seed)
-    if inputs["input_ids"].shape[1] > PREFILL_CHUNK:
-        sampling["prefill_chunk_size"] = PREFILL_CHUNK
     engine.model.generate(**inputs, **sampling, max_new_tokens=options.max_new_tokens, num_beams=1)
 
 

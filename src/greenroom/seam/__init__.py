@@ -6,7 +6,15 @@ name in `ALL_EXPERTS_FUNCTIONS`. This room finds those modules, says what their 
 dense: linears, routers, the output head. Unknown combinations are refused here, before a byte is packed.
 """
 
-from greenroom.seam.architecture import dequantizer, load_config, load_generation_config, model_class, quiet, skeleton
+from greenroom.seam.architecture import (
+    continues,
+    dequantizer,
+    load_config,
+    load_generation_config,
+    model_class,
+    quiet,
+    skeleton,
+)
 from greenroom.seam.dense import (
     decoder_layers,
     in_attention,
@@ -38,6 +46,7 @@ __all__ = [
     "ServeExperts",
     "activation_kind",
     "assign",
+    "continues",
     "decoder_layers",
     "dequantizer",
     "dtype_of",

@@ -54,6 +54,15 @@ def model_class(config: Any) -> Any:
     )
 
 
+_FORGETFUL = {"jamba"}
+"""Model types whose modules, given several tokens at once, scan them from an empty state whatever came before."""
+
+
+def continues(config: Any) -> bool:
+    """Whether several tokens at once may follow a cache that is not empty."""
+    return config.get_text_config().model_type not in _FORGETFUL
+
+
 def dequantizer(config: Any, folder: Path) -> Any:
     """transformers' quantizer set to dequantise, for checkpoints that are published in fp8 or mxfp4; else None.
 

@@ -1,0 +1,80 @@
+"""A prompt's way through a model, in pieces: what its activations take is bounded, whoever calls.
+
+How long a piece is depends on the batch alone, so that neither a budget nor what the cache holds changes an answer.
+"""
+
+from typing import Any
+
+import torch
+
+from greenroom.hooks import forward_hooks
+
+_CUT = ("attention_mask", "position_ids", "past_key_values")
+_LISTS = ("output_attentions", "output_hidden_states", "output_router_logits")
+"""Results that would be a piece's alone."""
+
+
+class Prompts:
+    """Takes the place of `base.forward`: of more tokens than `most`, of all sequences together, as many at a time as
+    that allows. `continues`: see `seam.continues`; without it, a prompt goes through whole, and what follows it token
+    by token.
+
+    Only what `generate` asks for is cut: tokens that follow a cache. Calls that are watched by hooks are not, where the
+    answer is the same.
+    """
+
+    def __init__(self, base: Any, most: int, continues: bool) -> None:
+        self._most, self._continues = most, continues
+        self._forward, self._hooks = base.forward, forward_hooks(base)
+        base.forward = self.forward
+
+    def forward(self, input_ids: "torch.Tensor | None" = None, **others: Any) -> Any:
+        """As the model's own forward."""
+        width = 0 if input_ids is None else self._width(input_ids, others)
+        if not width:
+            return self._forward(input_ids=input_ids, **others)
+        assert input_ids is not None
+        found, before = [], int(others["past_key_values"].get_seq_length())
+        for start in range(0, input_ids.shape[1], width):
+            end = min(start + width, input_ids.shape[1])
+            out = self._forward(input_ids=input_ids[:, start:end], **_part(others, before, start, end))
+            found.append(out.last_hidden_state)
+        out.last_hidden_state = torch.cat(found, dim=1)
+        return out
+
+    def _width(self, input_ids: torch.Tensor, others: "dict[str, Any]") -> int:
+        """How many tokens of each sequence go through at once; 0 for all."""
+        cache = others.get("past_key_values")
+        if cache is None or input_ids.ndim != 2 or input_ids.shape[1] < 2 or not _understood(others):
+            return 0
+        if not self._continues:
+            return 1 if cache.get_seq_length() else 0
+        width = max(self._most // len(input_ids), 1)
+        return 0 if input_ids.shape[1] <= width or torch.is_grad_enabled() or any(self._hooks) else width
+
+
+def _understood(others: "dict[str, Any]") -> bool:
+    """Whether arguments can be cut: nothing of tokens but what is known, and nothing wanted but hidden states."""
+    mask = others.get("attention_mask")
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        return False
+    if any(others.get(name) for name in _LISTS) or others.get("return_dict") is False:
+        return False
+    return all(_of_no_token(value) for name, value in others.items() if name not in _CUT)
+
+
+def _of_no_token(value: Any) -> bool:
+    """Whether an argument says nothing of single tokens; what images would have become is None or a dict of that."""
+    if isinstance(value, dict):
+        return all(map(_of_no_token, value.values()))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _part(others: "dict[str, Any]", before: int, start: int, end: int) -> "dict[str, Any]":
+    """The arguments for tokens `start` to `end` of those that follow `before` others."""
+    mask, positions = others.get("attention_mask"), others.get("position_ids")
+    return {
+        **others,
+        "attention_mask": None if mask is None else mask[:, : before + end],
+        "position_ids": None if positions is None else positions[..., start:end],
+    }

@@ -1,0 +1,124 @@
+"""Prompts in pieces: what is cut, how, and what is left whole. tests/test_families.py compares answers."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from greenroom.config import EngineSettings
+from greenroom.engine import Engine
+from greenroom.packed import PackedModel
+from greenroom.prompts import Prompts
+
+
+class Echo(nn.Module):
+    """Notes its calls; its hidden states are the tokens, and the cache counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict[str, Any]] = []
+
+    def forward(self, input_ids: torch.Tensor, **others: Any) -> Any:
+        self.calls.append({"input_ids": input_ids, **others})
+        hidden = input_ids[..., None].float()
+        if (cache := others.get("past_key_values")) is not None:
+            cache.update(hidden[:, None], hidden[:, None], 0)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    @property
+    def widths(self) -> "list[int]":
+        return [call["input_ids"].shape[1] for call in self.calls]
+
+
+def tokens(rows: int, columns: int) -> torch.Tensor:
+    return torch.arange(rows * columns).view(rows, columns)
+
+
+@torch.no_grad()
+def test_pieces_have_their_part_of_what_is_given() -> None:
+    base = Echo()
+    Prompts(base, 8, continues=True)
+    ids, mask, cache = tokens(2, 11), tokens(2, 11) > 2, DynamicCache()
+    positions = torch.arange(11).expand(4, 2, 11)
+    out = base.forward(
+        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, mm_encoder_outputs={}
+    )
+    assert base.widths == [4, 4, 3], "eight tokens of two sequences"
+    assert torch.equal(out.last_hidden_state, ids[..., None].float()) and out.past_key_values is cache
+    for call, start in zip(base.calls, (0, 4, 8), strict=True):
+        end = start + call["input_ids"].shape[1]
+        assert torch.equal(call["input_ids"], ids[:, start:end])
+        assert torch.equal(call["attention_mask"], mask[:, :end])
+        assert torch.equal(call["position_ids"], positions[..., start:end])
+        assert call["use_cache"] is True
+    base.forward(tokens(2, 5), attention_mask=torch.ones(2, 16), past_key_values=cache)
+    assert base.widths[3:] == [4, 1] and [one["attention_mask"].shape[1] for one in base.calls[3:]] == [15, 16]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"past_key_values": None},
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"return_dict": False},
+        {"attention_mask": torch.zeros(1, 1, 11, 11)},
+        {"attention_mask": {"full_attention": None}},
+        {"pixel_values": torch.zeros(1, 3)},
+        {"mm_encoder_outputs": {"image": torch.zeros(1, 3)}},
+        {"inputs_embeds": torch.zeros(1, 11, 4)},
+    ],
+    ids=lambda others: "-".join(others),
+)
+@torch.no_grad()
+def test_what_cannot_be_cut_is_not(others: "dict[str, Any]") -> None:
+    base = Echo()
+    Prompts(base, 8, continues=True)
+    base.forward(tokens(1, 11), **{"past_key_values": DynamicCache(), **others})
+    assert base.widths == [11]
+
+
+def test_who_looks_on_or_learns_sees_the_whole() -> None:
+    base = Echo()
+    Prompts(base, 8, continues=True)
+    base.forward(tokens(1, 11), past_key_values=DynamicCache())
+    with torch.no_grad():
+        handle = base.register_forward_hook(lambda *_: None)
+        base.forward(tokens(1, 11), past_key_values=DynamicCache())
+        handle.remove()
+        assert base.widths == [11, 11]
+        base.forward(tokens(1, 11), past_key_values=DynamicCache())
+    assert base.widths == [11, 11, 8, 3]
+
+
+@torch.no_grad()
+def test_a_model_that_forgets_continues_token_by_token() -> None:
+    base = Echo()
+    Prompts(base, 8, continues=False)
+    cache = DynamicCache()
+    base.forward(tokens(1, 11), past_key_values=cache)
+    base.forward(tokens(1, 3), past_key_values=cache)
+    assert base.widths == [11, 1, 1, 1]
+
+
+def test_generate_bounds_what_a_prompt_takes(packed4: PackedModel) -> None:
+    """Experts see no more tokens at once than the plan has room for, however the model is called."""
+    longest = 0
+
+    def note(layer: int, x: torch.Tensor, *_: Any) -> None:
+        nonlocal longest
+        longest = max(longest, len(x))
+
+    settings = EngineSettings(experts_per_layer=2, prompt_chunk=16, context=64)
+    engine = Engine(packed4, settings)
+    engine.runner.observer = note
+    for rows in (1, 2, 3):
+        engine.model.generate(tokens(rows, 20) + 4, max_new_tokens=2, do_sample=False)
+        assert 0 < longest <= 16
+        longest = 0
+    engine.model(tokens(1, 20) + 4, use_cache=False)
+    assert longest == 20, "whoever wants all of it has it"
+    engine.close()
