@@ -8,6 +8,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from greenroom import planner, seam
 from greenroom.config import EngineSettings
 from greenroom.engine import Engine
 from greenroom.packed import PackedModel
@@ -122,3 +123,19 @@ def test_generate_bounds_what_a_prompt_takes(packed4: PackedModel) -> None:
     engine.model(tokens(1, 20) + 4, use_cache=False)
     assert longest == 20, "whoever wants all of it has it"
     engine.close()
+
+
+def test_scores_are_planned_where_attention_makes_them(packed4: PackedModel) -> None:
+    config = seam.load_config(packed4.folder)
+    settings = EngineSettings(vram=8 << 30, ram=8 << 30, context=4096)
+
+    def working_set(scores: bool, settings: EngineSettings) -> int:
+        return planner.make_plan(
+            packed4.manifest, config, settings, runtime=0, budget=8 << 30, element_size=2, scores=scores
+        ).working_set
+
+    heads = config.num_attention_heads
+    assert working_set(True, settings) - working_set(False, settings) == 3 * heads * 512 * 4096 * 2
+    on_cpu = EngineSettings(ram=8 << 30, context=4096)
+    assert working_set(True, on_cpu) == working_set(False, on_cpu), "compiled"
+    assert not seam.makes_scores(config)

@@ -82,6 +82,11 @@ class EngineSettings:
             prefetch=self.prefetch,
         )
 
+    @property
+    def element_size(self) -> int:
+        """Bytes of one activation."""
+        return _DTYPES[self.dtype or ("float32" if self.vram is None else "bfloat16")]
+
 
 def _at_least(least: int, **values: "int | None") -> None:
     for name, value in values.items():

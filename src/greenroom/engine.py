@@ -70,6 +70,7 @@ class Engine:
             runtime=runtime,
             budget=planner.budget_of(settings, runtime, available_memory()),
             element_size=dtype.itemsize,
+            scores=seam.makes_scores(config),
             gains=history.gains() if history else None,
         )
         self._history = history

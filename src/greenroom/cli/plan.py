@@ -44,10 +44,16 @@ def execute(options: argparse.Namespace) -> int:
     free = available_memory()
     budget = planner.budget_of(settings, runtime, free)
     gains = History(manifest).gains()
-    element_size = 4 if settings.vram is None else 2
     try:
         plan = planner.make_plan(
-            manifest, config, settings, runtime=runtime, budget=budget, element_size=element_size, gains=gains
+            manifest,
+            config,
+            settings,
+            runtime=runtime,
+            budget=budget,
+            element_size=settings.element_size,
+            scores=seam.makes_scores(config),
+            gains=gains,
         )
     except BudgetError as error:
         raise BudgetError(f"{options.model} cannot run: {error}") from None

@@ -63,6 +63,11 @@ def continues(config: Any) -> bool:
     return config.get_text_config().model_type not in _FORGETFUL
 
 
+def makes_scores(config: Any) -> bool:
+    """Whether attention has no fused kernel here, and makes all scores of a prompt at once."""
+    return not model_class(config)._supports_sdpa
+
+
 def dequantizer(config: Any, folder: Path) -> Any:
     """transformers' quantizer set to dequantise, for checkpoints that are published in fp8 or mxfp4; else None.
 
