@@ -69,15 +69,6 @@ struct Avx2 {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
     }
 
-    template <int BITS, int SUB>
-    static void unpack(const std::uint8_t* p, const float* scale, const float* offset, F* weights) {
-        static_assert(BITS == 8, "fewer bits are multiplied in integers");
-        constexpr int per_group = SUB / kWidth;
-        for (int i = 0; i < kBlock / kWidth; ++i)
-            weights[i] = fma(_mm256_cvtepi32_ps(widen(p + 8 * i)), set1(scale[i / per_group]),
-                             set1(offset[i / per_group]));
-    }
-
     static I bytes_at(const std::uint8_t* p, std::int64_t left) {  // no further than `left`
         if (left >= 32) return _mm256_loadu_si256(reinterpret_cast<const I*>(p));
         alignas(32) std::uint8_t some[32] = {};

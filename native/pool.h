@@ -8,7 +8,7 @@
 namespace greenroom {
 
 // Calls body(item) for every item below count, on up to `threads` threads, this one among them; returns when all are
-// done. Items are taken in order but finish in any. A caller that finds the pool at work for another computes alone.
+// done. Items are taken and finish in any order. A caller that finds the pool at work for another computes alone.
 // body must not throw.
 void parallel_for(std::int64_t count, int threads, const std::function<void(std::int64_t)>& body);
 
