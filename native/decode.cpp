@@ -11,8 +11,9 @@ namespace {
 
 constexpr std::int64_t kAloneNbytes = 64 << 10;  // of cache: below, waking a thread takes longer
 
-// To float16, to nearest, ties to even; what is larger than float16 becomes its largest number.
+// To float16, to nearest, ties to even; what is larger than float16 becomes its largest number, and no number stays none.
 std::uint16_t to_half(float value) {
+    if (value != value) return 0x7e00u;
     value = std::clamp(value, -65504.0f, 65504.0f);
     std::uint32_t bits;
     std::memcpy(&bits, &value, 4);

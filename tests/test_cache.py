@@ -78,9 +78,10 @@ class Places:
         self.cache, self.deaf, self.known = cache, deaf, {}
 
     def follow(self) -> None:
-        for key in self.cache.moved():
+        for key in tuple(self.cache.moved):
             if key[0] not in self.deaf:
                 self.known[key] = self.cache.there(*key)
+            self.cache.moved.discard(key)
 
     @property
     def right(self) -> bool:

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -304,6 +305,107 @@ def test_where_experts_lie_follows_the_cache(mixtral: Engine) -> None:
         assert not torch.equal(after_a_long_prompt(engine)[0], want), "control"
         with pytest.raises(ValueError, match="no such expert"):
             records.put(0, most_experts(mixtral.packed), 0)
+
+
+def test_an_interrupt_while_places_are_told_loses_none(mixtral: Engine) -> None:
+    with running(mixtral.packed, context=256, experts_per_layer=most_experts(mixtral.packed)) as engine:
+        want = after_a_long_prompt(engine)[0]
+        modules, runner = engine.decode._parts.moe, engine.runner
+        (records, layers), told = runner._places, []
+
+        class Interrupted:
+            def put(self, layer: int, expert: int, address: int) -> None:
+                if len(told) == 2:
+                    raise KeyboardInterrupt
+                told.append((layer, expert))
+                records.put(layer, expert, address)
+
+        for layer, entry in enumerate(runner._entries):
+            for expert in range(entry.num_experts):
+                records.put(layer, expert, 0)
+                runner._cache.moved.add((layer, expert))
+        everything = set(runner._cache.moved)
+        runner._places = Interrupted(), layers
+        with pytest.raises(KeyboardInterrupt):
+            runner.there(modules)
+        assert len(told) == 2 and runner._cache.moved == everything - set(told)
+        runner._places = records, layers
+        assert torch.equal(after_a_long_prompt(engine)[0], want) and not runner._cache.moved
+
+
+def test_two_threads_take_turns(mixtral: Engine) -> None:
+    def answer(start: int) -> "list[int]":
+        ids: list[int] = mixtral.model.generate(PROMPT + start, max_new_tokens=20, do_sample=False)[0].tolist()
+        return ids
+
+    want = [answer(start) for start in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(answer, range(4))) == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_torch_makes_by_default_does_not_matter(dtype: torch.dtype) -> None:
+    """Compiled code is given addresses of float32, whatever the default."""
+    prompt = PROMPT.repeat(1, 3)
+    with running(case_of("deepseek_v3").pack(16)) as engine:
+        want = decoded(engine.model, prompt)
+    try:
+        torch.set_default_dtype(dtype)
+        with running(case_of("deepseek_v3").pack(16)) as engine:
+            assert torch.equal(decoded(engine.model, prompt), want) and engine.decode.steps
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_where_attention_becomes_another_the_modules_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral 4 multiplies queries by a factor that depends on their position."""
+    model = copy.deepcopy(case_of("mistral4").model)
+    model.config.rope_parameters["original_max_position_embeddings"] = first = PROMPT.shape[1] + 5
+    with running(case_of("mistral4").pack(16)) as engine:
+        engine.model.config.rope_parameters.update(model.config.rope_parameters)
+        engine.decode.forget()
+        want = by_modules(engine)
+        assert distance(decoded(engine.model), want) < TOLERANCE
+        assert engine.decode.steps == 5 and not engine.decode.reason
+        long = torch.randint(families.FIRST_ID, families.LAST_ID, (1, first + 1))
+        with torch.no_grad():
+            read, before = engine.model(long).logits, engine.decode.prompts
+            engine.model(long[:, :-1])
+        assert engine.decode.prompts == before + 1, "a prompt that crosses it is the modules'"
+        monkeypatch.setattr(describe, "_limit", lambda config: None)
+        engine.decode.forget()
+        assert "layer" in engine.decode.prove(), "the proof looks at the end of the context"
+        monkeypatch.setattr(proof, "disagreement", lambda *_: "")
+        engine.decode.forget()
+        with torch.no_grad():
+            assert distance(engine.model(long).logits, read) > PROMPT_TOLERANCE, "control"
+
+
+def test_what_it_does_not_know_goes_through_the_modules() -> None:
+    """Arguments by their place, and masks that are made."""
+    with running(case_of("gpt_oss").pack(16)) as engine, torch.no_grad():
+        base, token = engine.model.base_model, torch.tensor([[5]])
+        past = DynamicCache(config=engine.model.config)
+        hidden = base(PROMPT, torch.ones_like(PROMPT), past_key_values=past).last_hidden_state
+        assert distance(engine.model.lm_head(hidden), engine.model(PROMPT).logits) < PROMPT_TOLERANCE
+        masks = {"full_attention": None, "sliding_attention": None}
+        want = base(token, attention_mask=masks, past_key_values=copy.deepcopy(past)).last_hidden_state
+        assert engine.decode.steps == 0
+        assert distance(base(token, past_key_values=past).last_hidden_state, want) < TOLERANCE
+        assert engine.decode.steps == 1
+
+
+def test_no_number_stays_none(mixtral: Engine) -> None:
+    """Of a token whose keys are none, later tokens see none."""
+    with running(mixtral.packed) as engine, torch.no_grad():
+        past = engine.model(PROMPT, use_cache=True).past_key_values
+        embed, bad = engine.model.get_input_embeddings(), torch.tensor([[7]])
+        handle = embed.register_forward_hook(lambda module, ids, out: out * float("nan"))
+        engine.decode._hooks = []  # or the modules would compute it
+        engine.model(bad, past_key_values=past)
+        handle.remove()
+        assert engine.decode.steps == 1
+        assert engine.model(torch.tensor([[5]]), past_key_values=past).logits.isnan().all()
 
 
 def test_windows_hide_what_the_masks_hide() -> None:
@@ -611,6 +713,37 @@ def test_half_kv_holds_what_it_was_given(
     for one, given_ in zip(found, (keys, values), strict=True):
         want = given_[:, length - ours :].to(torch.float16) if ours else given_[:, :0].to(torch.float16)
         assert torch.equal(one[:, :ours], want)
+
+
+def test_an_interrupt_while_room_grows_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, values = torch.rand(2, 256, 8), torch.rand(2, 256, 8)
+    half = kv.HalfKV(keys, values, None, forget=False)
+    half.length = half.capacity
+    before, made = [one.clone() for one in half.pair()], []
+
+    def interrupted(*shape: int) -> torch.Tensor:
+        made.append(shape)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return torch.zeros(shape, dtype=torch.float16)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv, "_halves", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            half.addresses()
+    assert all(map(torch.equal, half.pair(), before))
+    half.addresses()
+    assert half.capacity > 256 and all(map(torch.equal, half.pair(), before))
+
+
+def test_a_cache_that_may_be_rolled_back_is_left_alone(mixtral: Engine) -> None:
+    """It keeps more than a window's positions while it records."""
+    with torch.no_grad():
+        past = mixtral.model(PROMPT, use_cache=True).past_key_values
+        layouts = mixtral.decode._parts.layouts
+        assert kv.adopt(past, layouts) is not None
+        past.layers[1].record_past = True
+        assert kv.adopt(past, layouts) is None
 
 
 def test_large_keys_are_bounded() -> None:

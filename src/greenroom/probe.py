@@ -51,7 +51,7 @@ def experts_per_token(config: Any) -> int:
 def kernel_bandwidth(entry: ExpertsEntry) -> float:
     """Packed bytes per second of one expert of `entry`'s shape on one token."""
     record = torch.zeros(entry.record_nbytes, dtype=torch.uint8)
-    x = torch.zeros(1, entry.tensors[0].cols)
+    x = torch.zeros(1, entry.tensors[0].cols, dtype=torch.float32)
     half = entry.tensors[1].cols
     activation = kernels.Activation(gate=lambda hidden: hidden[:, :half])
     task = kernels.ExpertTask(record, torch.zeros(1, dtype=torch.int64))

@@ -146,10 +146,12 @@ class ExpertRunner:
             nowhere = [None if module is None else self._records(module) for module in modules]
             self._places = native.all_records(nowhere), layers
         records, layers = self._places
-        for layer, expert in self._cache.moved():  # the first time all that has ever come
+        moved = self._cache.moved  # the first time all that has ever come
+        for layer, expert in tuple(moved):
             if layer in layers:
                 buffer = self._cache.there(layer, expert)
                 records.put(layers[layer], expert, 0 if buffer is None else self._arena.address(buffer))
+            moved.discard((layer, expert))  # not before, so that an interrupt loses none
         return records, most
 
     def _records(self, module: Any) -> Any:

@@ -128,7 +128,7 @@ class ExpertCache:
         self._resident: list[set[Key]] = [set() for _ in capacities]
         self._queue = _Queue()
         self._active: set[Key] = set()  # requested and not yet released
-        self._moved: set[Key] = set()  # came or went since `moved` was asked
+        self._moved: set[Key] = set()  # came or went since they were discarded
         self._recent: dict[int, Sequence[int]] = {}  # each layer's latest set, for policies
 
     def request(
@@ -206,10 +206,10 @@ class ExpertCache:
             buffers.append(found.buffer)
         return buffers
 
+    @property
     def moved(self) -> "set[Key]":
-        """Experts that may have come or gone since this was asked last: `there` is to be asked again."""
-        moved, self._moved = self._moved, set()
-        return moved
+        """Experts that may have come or gone: `there` is to be asked again, after which they may be discarded."""
+        return self._moved
 
     def there(self, layer: int, expert: int) -> "int | None":
         """The buffer that `hit` would give; None where it would give none."""

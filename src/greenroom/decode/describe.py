@@ -46,6 +46,14 @@ class DecoderParts:
     """what the descriptions point to"""
     shapes: "list[Any]"
     """native.Shape, of each projection"""
+    rotary_size: int
+    """cosines of a position"""
+    limit: "int | None"
+    """the first position at which attention is another"""
+
+    def turn(self, positions: "Sequence[int]") -> "Turn":
+        """Their rotary embedding."""
+        return Turn(self.rotary, positions, self.width, self.rotary_size)
 
     def takes(self, tokens: int) -> bool:
         """Whether the compiled kernels are the faster ones for so many tokens."""
@@ -80,22 +88,35 @@ def describe(base: Any) -> DecoderParts:
         top_k=writer.top_k,
         keep=writer.keep,
         shapes=writer.shapes,
+        rotary_size=writer.rotary.cosine.shape[1],
+        limit=_limit(base.config),
     )
 
 
-class Turn:
-    """Positions' rotary embedding: `cosine` and `sine`, float32 [n, rotary_dim / 2], of however a family writes it."""
+def _limit(config: Any) -> "int | None":
+    """Mistral 4 multiplies queries by a factor that is 1 up to where its context was extended."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(rope["original_max_position_embeddings"]) if rope.get("llama_4_scaling_beta") else None
 
-    def __init__(self, rotary: Any, positions: "Sequence[int]", width: int) -> None:
-        found = rotary(torch.empty(1, 1, width), torch.tensor([positions]))
+
+class Turn:
+    """Positions' rotary embedding: `cosine` and `sine`, float32 [n, rotary_dim / 2], of however a family writes it.
+
+    `size`: rotary_dim / 2, known from another position; at 0 all cosines and sines are alike.
+    """
+
+    def __init__(self, rotary: Any, positions: "Sequence[int]", width: int, size: "int | None" = None) -> None:
+        x = torch.empty(1, 1, width, dtype=torch.float32, device="cpu")
+        found = rotary(x, torch.tensor([positions], device="cpu"))
         self.complex = isinstance(found, torch.Tensor) and found.is_complex()
         cosine, sine = (
             one.reshape(len(positions), -1) for one in ((found.real, found.imag) if self.complex else found)
         )
-        half = cosine.shape[1] // 2
-        doubled = torch.equal(cosine[:, :half], cosine[:, half:]) and torch.equal(sine[:, :half], sine[:, half:])
-        size = half if doubled and not self.complex else cosine.shape[1]
-        self.cosine, self.sine = cosine[:, :size].contiguous(), sine[:, :size].contiguous()
+        if size is None:
+            half = cosine.shape[1] // 2
+            doubled = torch.equal(cosine[:, :half], cosine[:, half:]) and torch.equal(sine[:, :half], sine[:, half:])
+            size = half if doubled and not self.complex else cosine.shape[1]
+        self.cosine, self.sine = (one[:, :size].to(torch.float32).contiguous() for one in (cosine, sine))
 
 
 class _Describer:

@@ -23,7 +23,7 @@ class Layout(Protocol):
     value_dim]."""
 
     def empty(self) -> "tuple[torch.Tensor, torch.Tensor]":
-        """The compiled pair of no positions."""
+        """The compiled pair of no positions, in float32."""
         ...
 
     def to_pair(self, keys: torch.Tensor, values: torch.Tensor) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -35,6 +35,10 @@ class Layout(Protocol):
         ...
 
 
+def _nothing(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 class Grouped:
     """Grouped-query attention: both call the same things keys and values."""
 
@@ -43,7 +47,7 @@ class Grouped:
 
     def empty(self) -> "tuple[torch.Tensor, torch.Tensor]":
         """The compiled pair of no positions."""
-        return torch.empty(self._shape), torch.empty(self._shape)
+        return _nothing(*self._shape), _nothing(*self._shape)
 
     def to_pair(self, keys: torch.Tensor, values: torch.Tensor) -> "tuple[torch.Tensor, torch.Tensor]":
         """Without the batch."""
@@ -63,7 +67,7 @@ class Latent:
 
     def empty(self) -> "tuple[torch.Tensor, torch.Tensor]":
         """The compiled pair of no positions."""
-        return torch.empty(1, 0, self._key_dim), torch.empty(1, 0, self._latent_dim)
+        return _nothing(1, 0, self._key_dim), _nothing(1, 0, self._latent_dim)
 
     def to_pair(self, keys: torch.Tensor, values: torch.Tensor) -> "tuple[torch.Tensor, torch.Tensor]":
         """([1, n, latent + rotated], [1, n, latent])."""
@@ -112,18 +116,19 @@ class HalfKV:
     def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         heads, length, key_dim = keys.shape
         blocks = -(-max(_MIN_CAPACITY, length + length // 2 + 1) // native.BLOCK)
-        self._keys = _halves(heads, blocks, key_dim, native.BLOCK)
-        self._values = _halves(heads, blocks * native.BLOCK, values.shape[2])
+        all_keys = _halves(heads, blocks, key_dim, native.BLOCK)
+        all_values = _halves(heads, blocks * native.BLOCK, values.shape[2])
         largest = torch.finfo(torch.float16).max
-        by_position = self._keys.transpose(2, 3)
+        by_position = all_keys.transpose(2, 3)
         full = length // native.BLOCK
         clamped = keys.clamp(-largest, largest)
         by_position[:, :full] = (
             clamped[:, : full * native.BLOCK].reshape(heads, full, native.BLOCK, key_dim) if full else 0
         )
         by_position[:, full, : length - full * native.BLOCK] = clamped[:, full * native.BLOCK :]
-        self._values[:, :length] = values.clamp(-largest, largest)
-        self.length = length
+        all_values[:, :length] = values.clamp(-largest, largest)
+        # together and last: whoever is interrupted before, by a key or for lack of memory, keeps what there was
+        self._keys, self._values, self.length = all_keys, all_values, length
 
 
 def _halves(*shape: int) -> torch.Tensor:
@@ -213,6 +218,8 @@ def adopt(cache: Any, layouts: "list[Layout]") -> "list[HalfLayer] | None":
     """The layers of `cache`, each made one that holds float16; None where it is not a plain cache of one sequence."""
     if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != len(layouts):
         return None
+    if any(getattr(layer, "record_past", False) for layer in cache.layers):
+        return None
     if all(isinstance(layer, _HalfLayer) for layer in cache.layers):
         return list(cache.layers)
     if any(type(layer) not in _CLASSES or not layer.is_initialized for layer in cache.layers):
@@ -220,7 +227,7 @@ def adopt(cache: Any, layouts: "list[Layout]") -> "list[HalfLayer] | None":
     for index, (layer, layout) in enumerate(zip(cache.layers, layouts, strict=True)):
         state = dict(vars(layer))
         plain = (state.pop("keys"), state.pop("values"))
-        if plain[0].ndim != 4 or plain[0].shape[0] != 1 or getattr(layer, "record_past", False):
+        if plain[0].ndim != 4 or plain[0].shape[0] != 1:
             return None
         new = object.__new__(_CLASSES[type(layer)])
         new.__dict__.update(state, _plain=plain, _layout=layout)

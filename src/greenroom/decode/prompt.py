@@ -37,12 +37,13 @@ class Prompt:
         """`hidden` through one layer; its experts are served as the module's are."""
         parts, compiled, tokens = self._parts, self._compiled, len(self.hidden)
         empty = parts.layouts[index].from_pair(*parts.layouts[index].empty())
-        keys, values = (torch.empty(1, one.shape[1], tokens, one.shape[3]) for one in empty)
+        keys, values = (one.new_empty(1, one.shape[1], tokens, one.shape[3]) for one in empty)
         compiled.project(index, keys.data_ptr(), values.data_ptr(), count())
         keys, values = (one.contiguous() for one in extend(index, keys, values))
         module, window = parts.moe[index], parts.windows[index] or 0
         top_k = 0 if module is None else parts.described[index].router.top_k
-        experts, weights = torch.empty(tokens, top_k, dtype=torch.int64), torch.empty(tokens, top_k)
+        weights = empty[0].new_empty(tokens, top_k)
+        experts = torch.empty_like(weights, dtype=torch.int64)
         compiled.attend(
             index,
             keys.data_ptr(),

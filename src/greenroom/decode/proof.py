@@ -13,9 +13,11 @@ import torch
 from transformers import DynamicCache
 
 from greenroom.decode import kv
-from greenroom.decode.describe import DecoderParts, Turn
+from greenroom.decode.describe import DecoderParts
 
 TOKENS = 4
+FAR_TOKENS = 2
+"""As many more at the end of the context: attention may depend on positions otherwise than by their distance."""
 TOLERANCE = 5e-3
 """Of what a layer adds, root mean square: float16 keys and values give 1e-3 at most, a wrong formula 0.1 and more."""
 PROMPT_TOLERANCE = 1e-3
@@ -24,20 +26,13 @@ PROMPT_TOLERANCE = 1e-3
 
 def disagreement(step: Any, base: Any, parts: DecoderParts) -> str:
     """Nothing, or which layer disagrees."""
-    inputs, outputs, embedded, last = _through_modules(base, parts)
-    for index, (given, made) in enumerate(zip(inputs, outputs, strict=True)):
-        for found, tolerance in (
-            (_one_by_one(step, parts, index, given), TOLERANCE),
-            (_together(step, parts, index, given), PROMPT_TOLERANCE),
-        ):
-            errors = [
-                float((got - out).norm() / (out - before).norm().clamp_min(1e-12))
-                for got, out, before in zip(found, made, given, strict=True)
-            ]
-            # one token's router may stand between two experts, and fall to either side
-            if not sorted(errors)[TOKENS // 2] < tolerance:
-                name = type(parts.layers[index]).__name__
-                return f"layer {index} ({name}) differs from its module by {max(errors):.1g}"
+    near, end = range(TOKENS), parts.limit or getattr(base.config, "max_position_embeddings", None) or 1 << 12
+    far = range(max(end - FAR_TOKENS, 0), max(end, FAR_TOKENS))
+    inputs, outputs, embedded, last = _through_modules(base, parts, near)
+    differs = _layers_differ(step, parts, near, inputs, outputs)
+    differs = differs or _layers_differ(step, parts, far, *_through_modules(base, parts, far)[:2])
+    if differs:
+        return differs
     if not torch.equal(embedded, torch.stack(inputs[0])):
         return f"{type(base).__name__} does more to its embeddings than look them up"
     if not torch.allclose(parts.norm(torch.stack(outputs[-1])), last, rtol=1e-4, atol=1e-5):
@@ -45,22 +40,49 @@ def disagreement(step: Any, base: Any, parts: DecoderParts) -> str:
     return ""
 
 
-def _one_by_one(step: Any, parts: DecoderParts, index: int, inputs: "list[torch.Tensor]") -> "list[torch.Tensor]":
+def _layers_differ(
+    step: Any,
+    parts: DecoderParts,
+    positions: range,
+    inputs: "list[list[torch.Tensor]]",
+    outputs: "list[list[torch.Tensor]]",
+) -> str:
+    for index, (given, made) in enumerate(zip(inputs, outputs, strict=True)):
+        for found, tolerance in (
+            (_one_by_one(step, parts, index, positions, given), TOLERANCE),
+            (_together(step, parts, index, positions, given), PROMPT_TOLERANCE),
+        ):
+            errors = [
+                float((got - out).norm() / (out - before).norm().clamp_min(1e-12))
+                for got, out, before in zip(found, made, given, strict=True)
+            ]
+            # one token's router may stand between two experts, and fall to either side
+            if not sorted(errors)[len(errors) // 2] < tolerance:
+                name = type(parts.layers[index]).__name__
+                return f"layer {index} ({name}) differs from its module by {max(errors):.1g}"
+    return ""
+
+
+def _one_by_one(
+    step: Any, parts: DecoderParts, index: int, positions: range, inputs: "list[torch.Tensor]"
+) -> "list[torch.Tensor]":
     half, found = _empty(parts, index), []
-    for token, given in enumerate(inputs):
+    for position, given in zip(positions, inputs, strict=True):
         step.hidden.copy_(given)
-        step.layer(index, half, Turn(parts.rotary, [token], parts.width), _stand_in_token)
+        step.layer(index, half, parts.turn([position]), _stand_in_token)
         half.length += 1
         found.append(step.hidden[0].clone())
     return found
 
 
-def _together(step: Any, parts: DecoderParts, index: int, inputs: "list[torch.Tensor]") -> "list[torch.Tensor]":
+def _together(
+    step: Any, parts: DecoderParts, index: int, positions: range, inputs: "list[torch.Tensor]"
+) -> "list[torch.Tensor]":
     """As a prompt of all tokens but one, and one of the last, which sees the first through a cache."""
     cache, found, module = DynamicCache(), [], parts.moe[index]
     with _standing_in([module]):
-        for part in (range(TOKENS - 1), range(TOKENS - 1, TOKENS)):
-            prompt = step.prompt(torch.stack([inputs[token] for token in part]), list(part))
+        for part in (slice(-1), slice(-1, None)):
+            prompt = step.prompt(torch.stack(inputs[part]), list(positions[part]))
             prompt.layer(index, lambda _, keys, values: cache.update(keys, values, 0))
             found += list(prompt.hidden)
     return found
@@ -73,12 +95,12 @@ def _empty(parts: DecoderParts, index: int) -> kv.HalfKV:
 
 @torch.no_grad()
 def _through_modules(
-    base: Any, parts: DecoderParts
+    base: Any, parts: DecoderParts, positions: range
 ) -> "tuple[list[list[torch.Tensor]], list[list[torch.Tensor]], torch.Tensor, torch.Tensor]":
     """(each layer's inputs by token, its outputs, the embeddings, the last norm's outputs); vectors [H]."""
     inputs: list[list[torch.Tensor]] = [[] for _ in parts.layers]
     outputs: list[list[torch.Tensor]] = [[] for _ in parts.layers]
-    ids = [token % base.config.vocab_size for token in range(1, TOKENS + 1)]
+    ids = [token % base.config.vocab_size for token in range(1, len(positions) + 1)]
     hooks = []
     try:
         for index, layer in enumerate(parts.layers):
@@ -86,8 +108,14 @@ def _through_modules(
         cache = DynamicCache(config=base.config)
         with _standing_in(parts.moe):
             last = [
-                type(base).forward(base, input_ids=torch.tensor([[one]]), past_key_values=cache, use_cache=True)
-                for one in ids
+                type(base).forward(
+                    base,
+                    input_ids=torch.tensor([[one]]),
+                    position_ids=torch.tensor([[position]]),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                for one, position in zip(ids, positions, strict=True)
             ]
     finally:
         for hook in hooks:

@@ -105,8 +105,10 @@ class DecodeStep:
         """Describe and prove anew at the next token."""
         self.reason, self._tried = "", False
 
-    def forward(self, input_ids: "torch.Tensor | None" = None, **others: Any) -> Any:
+    def forward(self, input_ids: "torch.Tensor | None" = None, *rest: Any, **others: Any) -> Any:
         """As the model's own forward."""
+        if rest:
+            return self._modules_forward(input_ids, *rest, **others)
         if self.enabled and input_ids is not None and input_ids.shape[:-1] == (1,) and self._takes(others):
             way = self._step if input_ids.shape[1] == 1 else self._prompt
             out = way(input_ids, **others)
@@ -149,8 +151,9 @@ class DecodeStep:
         try:
             self._parts = parts = describe(self._base)
             with lasting():
-                self._hidden, self._normed = torch.zeros(1, parts.width), torch.zeros(1, parts.width)
-                self._outputs = torch.empty(parts.top_k, parts.width)
+                self._hidden = torch.zeros(1, parts.width, dtype=torch.float32, device="cpu")
+                self._normed = torch.zeros_like(self._hidden)
+                self._outputs = self._hidden.new_empty(parts.top_k, parts.width)
             self._decoder = native.decoder(parts.described, self._hidden, self._normed)
             self._places = {moe.greenroom_layer: place for place, moe in enumerate(parts.moe) if moe is not None}
             return proof.disagreement(self, self._base, parts)
@@ -174,7 +177,7 @@ class DecodeStep:
         if layers is None:
             return None
         position = past_key_values.get_seq_length()
-        if not _are_next([position], attention_mask, position_ids):
+        if not self._serves([position], attention_mask, position_ids):
             return None
         halves = []
         for layer, window in zip(layers, self._parts.windows, strict=True):
@@ -182,9 +185,9 @@ class DecodeStep:
                 return None
             halves.append(half)
         self._hidden.copy_(self._parts.embed(input_ids)[0])
-        turn = Turn(self._parts.rotary, [position], self._parts.width)
+        turn = self._parts.turn([position])
         self._layers(halves, turn)
-        for layer in layers:  # together, so that an interrupt leaves them agreed
+        for layer in layers:  # together, so that an interrupt has no time to come between
             layer.put()
         self._decoder.finish(self._parts.final_norm)
         self.steps += 1
@@ -208,7 +211,7 @@ class DecodeStep:
             return None
         first = 0 if cache is None else cache.get_seq_length()
         positions = list(range(first, first + input_ids.shape[1]))
-        if not _are_next(positions, attention_mask, position_ids):
+        if not self._serves(positions, attention_mask, position_ids):
             return None
         prompt = self.prompt(self._parts.embed(input_ids)[0], positions)
         for index in range(len(self._parts.layers)):
@@ -216,10 +219,20 @@ class DecodeStep:
         self.prompts += 1
         return MoeModelOutputWithPast(last_hidden_state=self._parts.norm(prompt.hidden)[None], past_key_values=cache)
 
+    def _serves(self, positions: "list[int]", mask: Any, position_ids: "torch.Tensor | None") -> bool:
+        """Whether tokens at `positions` follow all before them, and see those: no padding, no positions of their
+        own."""
+        assert self._parts is not None
+        if not positions or not _sees_all(mask, positions[-1] + 1):
+            return False
+        if self._parts.limit is not None and positions[-1] >= self._parts.limit:
+            return False
+        return position_ids is None or (position_ids.ndim == 2 and position_ids.tolist() == [positions])
+
     def prompt(self, hidden: torch.Tensor, positions: "list[int]") -> Prompt:
         """`hidden` [n, H], embedded tokens at `positions`, ready for the layers, which work on it in place."""
         assert self._parts is not None
-        turn = Turn(self._parts.rotary, positions, self._parts.width)
+        turn = self._parts.turn(positions)
         return Prompt(self._parts, self._decoder, hidden.contiguous(), turn, self._rough)
 
     def layer(self, index: int, half: kv.HalfKV, turn: Turn, serve: ServeToken) -> None:
@@ -303,8 +316,8 @@ def _own(layer: int, keys: torch.Tensor, values: torch.Tensor) -> "tuple[torch.T
     return keys, values
 
 
-def _are_next(positions: "list[int]", mask: "torch.Tensor | None", position_ids: "torch.Tensor | None") -> bool:
-    """Whether tokens at `positions` follow all before them, and see those: no padding, no positions of their own."""
-    if mask is not None and not (mask.ndim == 2 and mask.shape[1] == positions[-1] + 1 and bool(mask.all())):
-        return False
-    return position_ids is None or (position_ids.ndim == 2 and position_ids.tolist() == [positions])
+def _sees_all(mask: Any, length: int) -> bool:
+    """Whether a mask, of whatever kind, hides none of `length` tokens."""
+    if mask is None:
+        return True
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] == length and bool(mask.all())

@@ -45,7 +45,7 @@ class StatesFile:
     def get(self, number: int) -> torch.Tensor:
         """Window `number`'s states."""
         rows, hidden = self._shapes[number]
-        out = torch.empty(rows * hidden)
+        out = torch.empty(rows * hidden, dtype=torch.float32)
         read_into(self._file.fileno(), byte_view(out), self._offset(number))
         return out.view(rows, hidden)
 

@@ -14,8 +14,8 @@ class Scratch:
     """
 
     def __init__(self, size: int, count: int, device: torch.device) -> None:
-        self.codes = torch.empty((size, count), device=device)
-        terms = torch.empty((2, size, count), device=device)
+        self.codes = torch.empty((size, count), dtype=torch.float32, device=device)
+        terms = torch.empty((2, size, count), dtype=torch.float32, device=device)
         self.first, self.second = terms[0], terms[1]
         self._sums = terms[:, 0]
         halves = [size >> (i + 1) for i in range(size.bit_length() - 1)]
