@@ -1,17 +1,20 @@
 """Reader threads and stores: errors surface, nothing hangs, demand goes first, every way of reading gives the bytes."""
 
+import contextlib
 import errno
 import os
 import random
 import shutil
+import signal
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
 from greenroom.cache import Load
-from greenroom.errors import PackedModelError
+from greenroom.errors import ClosedError, PackedModelError
 from greenroom.packed import PackedModel
 from greenroom.store import Arena, DiskStore, MemoryStore
 from greenroom.transfer import PIECE_NBYTES, Transfer
@@ -269,5 +272,26 @@ def test_a_file_that_vanishes_or_shrinks_is_one_line(packed4: PackedModel, tmp_p
     assert "\n" not in str(caught.value) and path.name in str(caught.value)
     store.close()
     path.unlink()
-    with pytest.raises(PackedModelError, match="cannot open"):
+    with pytest.raises(PackedModelError, match="is missing: delete"):
         DiskStore(packed)
+
+
+def test_a_forked_child_is_told(checkpoint: Path, packed16: PackedModel) -> None:
+    """It has no reader threads, and would wait for ever."""
+    store = DiskStore(packed16)
+    transfer = Transfer(store, Arena(1, store.record_nbytes), readers=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that threads are not forked is what is tested
+        child = os.fork()
+    if not child:
+        told = False
+        with contextlib.suppress(BaseException):
+            signal.alarm(20)
+            try:
+                transfer.poll(wait=True)
+            except ClosedError as error:
+                told = "forked" in str(error)
+        os._exit(0 if told else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    transfer.close()
+    store.close()

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+from greenroom.errors import BudgetError
+from greenroom.sizes import format_bytes
+
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, sharing memory."""
@@ -16,8 +19,13 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
 
 def allocate(nbytes: int) -> torch.Tensor:
     """Zeroed memory, uint8 [nbytes], page-aligned, and in huge pages where the kernel has any: what is streamed through
-    every token then costs few misses of the address translation."""
-    mapping = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    every token then costs few misses of the address translation. Raises BudgetError where the system has none."""
+    try:
+        mapping = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise BudgetError(
+            f"the system gives this process no {format_bytes(nbytes)} more ({error.strerror}): give a smaller --ram"
+        ) from error
     with contextlib.suppress(AttributeError, OSError):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes)

@@ -7,6 +7,7 @@
     ├── PackedModelError           a packed model is missing, foreign, truncated or corrupted
     ├── PackError                  packing could not go on: disk space, other settings, interrupted
     ├── BudgetError                the memory budget is too small (says what would fit)
+    ├── ClosedError                a model that was closed, or loaded before a fork, is called (also a RuntimeError)
     ├── TraceError                 a routing trace is missing, foreign, truncated or corrupted, or cannot be written
     └── DemoError                  the demo model could not be fetched or built
 
@@ -41,6 +42,10 @@ class PackError(GreenroomError):
 
 class BudgetError(GreenroomError):
     """A memory budget that cannot hold the model's fixed parts."""
+
+
+class ClosedError(GreenroomError, RuntimeError):
+    """A model is called whose engine no longer runs, or not in this process."""
 
 
 class DemoError(GreenroomError):

@@ -3,6 +3,7 @@
 How long a piece is depends on the batch alone, so that neither a budget nor what the cache holds changes an answer.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -26,14 +27,19 @@ class Prompts:
     def __init__(self, base: Any, most: int, continues: bool) -> None:
         self._most, self._continues = most, continues
         self._forward, self._hooks = base.forward, forward_hooks(base)
+        self._one_at_a_time = threading.RLock()
         base.forward = self.forward
 
-    def forward(self, input_ids: "torch.Tensor | None" = None, **others: Any) -> Any:
-        """As the model's own forward."""
-        width = 0 if input_ids is None else self._width(input_ids, others)
-        if not width:
-            return self._forward(input_ids=input_ids, **others)
-        assert input_ids is not None
+    def forward(self, input_ids: "torch.Tensor | None" = None, *rest: Any, **others: Any) -> Any:
+        """As the model's own forward, for one thread at a time: the engine behind it has one state."""
+        with self._one_at_a_time:
+            if rest:
+                return self._forward(input_ids, *rest, **others)
+            if input_ids is None or not (width := self._width(input_ids, others)):
+                return self._forward(input_ids=input_ids, **others)
+            return self._in_pieces(width, input_ids, others)
+
+    def _in_pieces(self, width: int, input_ids: torch.Tensor, others: "dict[str, Any]") -> Any:
         found, before = [], int(others["past_key_values"].get_seq_length())
         for start in range(0, input_ids.shape[1], width):
             end = min(start + width, input_ids.shape[1])

@@ -55,14 +55,14 @@ class DiskStore:
         self._lock = threading.Lock()
 
     def _open(self, path: Path) -> int:
-        if not self.direct:
-            return os.open(path, os.O_RDONLY)
         try:
+            if not self.direct:
+                return os.open(path, os.O_RDONLY)
             file, self.direct = open_direct(path)
+        except FileNotFoundError as error:
+            raise PackedModelError(f"{path} is missing: delete the packed folder and pack again") from error
         except OSError as error:
-            raise PackedModelError(
-                f"cannot open {path} ({error.strerror}): delete the packed folder and pack again"
-            ) from error
+            raise PackedModelError(f"cannot open {path} ({error.strerror}): let this process read it") from error
         return file
 
     def nbytes(self, layer: int) -> int:

@@ -6,12 +6,14 @@ Does not decide anything: which expert goes where is `cache`'s, when to wait is 
 
 import heapq
 import itertools
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
 from greenroom.cache import Load
+from greenroom.errors import ClosedError
 from greenroom.smoothing import smoothed
 from greenroom.store import Arena, Store
 
@@ -47,7 +49,7 @@ class Transfer:
         self._errors: list[BaseException] = []
         self._unreported: set[int] = set()  # buffers started and not yet given out by poll
         self._access = 0
-        self._closing = False
+        self._closing, self._process = False, os.getpid()
         self.bytes_read = 0
         """Bytes of all records read so far."""
         self.seconds_per_byte: float | None = None
@@ -61,6 +63,7 @@ class Transfer:
 
     def start(self, load: Load) -> None:
         """Begin reading; `poll` reports `load.buffer` when it is done."""
+        self._check_process()
         layer, _ = load.key
         nbytes = self._store.nbytes(layer)
         pieces = [(start, min(PIECE_NBYTES, nbytes - start)) for start in range(0, nbytes, PIECE_NBYTES)]
@@ -80,6 +83,7 @@ class Transfer:
 
         Raises the error of a read that failed; its buffer is reported later, so that it can be reused.
         """
+        self._check_process()
         with self._state:
             while wait and not self._finished and not self._errors:
                 self._check_open()
@@ -112,7 +116,12 @@ class Transfer:
 
     def _check_open(self) -> None:
         if self._closing:
-            raise RuntimeError("the engine is closed")
+            raise ClosedError("the engine is closed: load the model again")
+
+    def _check_process(self) -> None:
+        """A forked child has no readers, and perhaps a lock that nobody will give back."""
+        if os.getpid() != self._process:
+            raise ClosedError("this process was forked after the model was loaded: load it here")
 
     def close(self) -> None:
         """Finish what is being read and stop the threads."""

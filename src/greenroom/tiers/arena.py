@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 import torch
 
 from greenroom.device import Device, Event
+from greenroom.errors import ClosedError
 
 
 class DeviceArena:
@@ -21,10 +22,10 @@ class DeviceArena:
 
     @property
     def memory(self) -> torch.Tensor:
-        """All buffers; `wait` before a kernel reads any. Raises RuntimeError where they have been given back: kernels
+        """All buffers; `wait` before a kernel reads any. Raises ClosedError where they have been given back: kernels
         do not look where they read."""
         if self._memory is None:
-            raise RuntimeError("the engine is closed")
+            raise ClosedError("the engine is closed: load the model again")
         return self._memory
 
     @property
