@@ -107,6 +107,15 @@ def test_analyze_prints_draws_and_reports(tmp_path: Path, capsys: pytest.Capture
     assert {Path(plot).name for plot in body["plots"]} == names == {p.name for p in (tmp_path / "t").iterdir()}
 
 
+def test_a_trace_without_a_suffix_has_its_pictures_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_trace(tmp_path / "T", example(30))
+    assert main(["analyze", str(tmp_path / "T"), "--json", "--sizes", "1", "--policies", "lru"]) == 0
+    plots = json.loads(capsys.readouterr().out.splitlines()[-1])["plots"]
+    assert plots and {Path(plot).parent for plot in plots} == {tmp_path / "T-plots"}
+
+
 @pytest.mark.slow
 def test_pictures_are_the_same_bytes_again(tmp_path: Path) -> None:
     path = tmp_path / "t.npz"
@@ -144,8 +153,10 @@ def test_what_cannot_be_is_one_line(
     monkeypatch.chdir(tmp_path)
     write_trace("t.npz", example(30))
     assert main(["analyze", "t.npz", *flags]) == 2
-    err = capsys.readouterr().err.splitlines()
-    assert len(err) == 1 and err[0].startswith("greenroom: ") and words in err[0]
+    out, err = capsys.readouterr()
+    assert err.startswith("greenroom: ") and err.count("\n") == 1 and words in err
+    assert out == "", "noticed after the analysis"
+    assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
 
 
 def test_a_damaged_trace_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

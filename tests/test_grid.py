@@ -153,6 +153,15 @@ def test_scores_of_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no file of"):
         Cells(path, {"text": "a"})
     assert path.read_text() == "no json\nat all", "somebody's file was changed"
+    for foreign in ("no line end", '{"text": "b"', '{"text": "a"} and more'):
+        path.write_text(foreign)
+        with pytest.raises(ConfigError, match="is no file of"):
+            Cells(path, {"text": "a"})
+        assert path.read_text() == foreign, "somebody's file was changed"
+    for cut_off in ("", '{"te'):  # killed while it wrote the first line
+        path.write_text(cut_off)
+        Cells(path, {"text": "a"})
+        assert path.read_text() == '{"text": "a"}\n'
     with pytest.raises(ConfigError, match="cannot use"):
         Cells(tmp_path / "missing" / "cells", {})
 
@@ -166,7 +175,17 @@ def test_the_papers_figures_stand_beside_its_model(cells: "dict[tuple[int, int],
     assert "3.59" not in command.table(list(cells.values()), {})
 
 
-@pytest.mark.parametrize("flags", [["--stride", "4"], ["--expert-bits", "4"], ["--no-original"], ["--token-by-token"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--stride", "4"],
+        ["--expert-bits", "4"],
+        ["--no-original"],
+        ["--token-by-token"],
+        ["--activation-bits", "8"],
+        ["--dtype", "bfloat16"],
+    ],
+)
 def test_flags_without_a_meaning_are_refused(
     flags: "list[str]",
     cache: Path,  # noqa: F811

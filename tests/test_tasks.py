@@ -58,6 +58,16 @@ def test_without_lm_eval_one_line_says_what_to_install(
     assert "--limit" in refused(capsys, "eval", "demo", "--tasks", "piqa", "--limit", "0")
 
 
+def test_the_dtype_of_activations_is_passed_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(tasks, "run", lambda *_, **others: given.update(others) or {})
+    assert call(capsys, "eval", "demo", "--tasks", "piqa", "--dtype", "bfloat16", "--prefetch", "2")[0] == 0
+    assert given["dtype"] == "bfloat16" and given["prefetch"] == 2
+    assert library.engine_settings(**{name: given[name] for name in ("dtype", "prefetch")}).dtype == "bfloat16"
+
+
 @needs_lm_eval
 def test_a_task_that_nobody_knows(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     assert "no-such-task" in refused(capsys, "eval", str(packed), "--tasks", "no-such-task")

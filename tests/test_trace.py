@@ -15,7 +15,7 @@ from greenroom.cache import POLICIES, ExpertCache, replay
 from greenroom.cli import main
 from greenroom.config import EngineSettings
 from greenroom.engine import Engine
-from greenroom.errors import TraceError
+from greenroom.errors import ConfigError, TraceError
 from greenroom.kernels import native
 from greenroom.model import routers
 from greenroom.packed import PackedModel
@@ -224,6 +224,15 @@ def test_what_is_written_is_read(tmp_path: Path, tokens: int) -> None:
     assert json.loads(str(plain["meta"]))["format"] == "greenroom-trace"
 
 
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.npz"
+    write_trace(path, example())
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda: Path("/dev/full").open("r+b"))  # noqa: SIM115
+    with pytest.raises(TraceError, match=r"No space left.*TMPDIR"):
+        write_trace(path, example(seed=1))
+    assert same(read_trace(path), example()) and [p.name for p in tmp_path.iterdir()] == ["t.npz"]
+
+
 def test_no_token_at_all(tmp_path: Path) -> None:
     with TraceWriter(tmp_path / "t.npz", layers=2, num_experts=4, top_k=1):
         pass
@@ -270,6 +279,7 @@ def refused_or_same(path: Path, raw: bytes) -> bool:
         ({"experts": np.array(["x"])}, "shape"),
         ({"offsets": np.array([0, 41])}, "offsets"),
         ({"offsets": np.array([0, 30, 13, 40])}, "offsets"),
+        ({"offsets": np.array([0, 30, 13, 40], np.uint64)}, "offsets"),
         ({"offsets": np.array([0, 3, 40])}, "spans two prompts"),
         ({"passes": np.zeros((0,), np.int64)}, "passes"),
         ({"prompt": np.zeros(39, np.bool_)}, "prompt"),
@@ -322,17 +332,36 @@ def test_arrays_are_imported(tmp_path: Path) -> None:
         ({"routes": np.zeros((2, 2, 2))}, "no array named experts, only routes"),
         ({"experts": np.zeros((2, 2), int)}, "not integers"),
         ({"experts": np.zeros((2, 2, 1))}, "not integers"),
-        ({"experts": np.full((2, 2, 1), -1)}, "from -1"),
+        ({"experts": np.array([[[1, 0]], [[1, -1]]])}, "from -1 to 1.*fill up a set with .* --num-experts"),
         ({"experts": np.full((2, 2, 1), 70000)}, "70000"),
         ({"experts": np.array([[[0, 1]], [[1, 1]]])}, "twice"),
         ({"experts": np.array([[[0, 0]]])}, "2 of 1"),
-        ({"experts": np.zeros((2, 2, 1), int), "offsets": np.array([0, 7])}, "offsets"),
+        ({"experts": np.zeros((2, 2, 1), int), "offsets": np.array([0, 7])}, "correct its array offsets"),
+        ({"experts": np.zeros((2, 2, 1), int), "prompt": np.zeros(3, np.bool_)}, "correct its array prompt"),
+        ({"experts": np.zeros((2, 2, 1), int), "weights": np.ones((2, 2))}, r"weights has shape .*\(2, 2, 1\)"),
+        ({"experts": np.zeros((2, 2, 1), int), "probs": np.ones((2, 2, 8))}, r"probs has shape .*\(2, 2, 1\)"),
+        ({"experts": np.zeros((2, 2, 1), int), "weights": np.full((2, 2, 1), "x")}, "weights has .*type"),
     ],
 )
 def test_arrays_that_are_no_routing(tmp_path: Path, arrays: "dict[str, Any]", words: str) -> None:
     np.savez(tmp_path / "theirs.npz", **arrays)
-    with pytest.raises(TraceError, match=words):
+    with pytest.raises(TraceError, match=words) as caught:
         import_arrays(tmp_path / "theirs.npz")
+    assert "record it again" not in str(caught.value)
+
+
+def test_too_few_experts_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.npz"
+    np.savez(path, experts=np.array([[[5, 1]], [[0, 2]]]))
+    with pytest.raises(TraceError, match=r"4 experts are too few .* more with --num-experts"):
+        import_arrays(path, num_experts=4)
+    assert import_arrays(path, num_experts=5).num_experts == 5, "5 is nobody"
+
+
+def test_a_single_array_is_no_archive(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((2, 2, 1), int))
+    with pytest.raises(TraceError, match=r"is a single array: save it with numpy.savez\('x', experts=…\)"):
+        import_arrays(tmp_path / "x.npy")
 
 
 # --- the command
@@ -359,6 +388,15 @@ def test_prompts_as_json_lines(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "p") == ["one\ntwo", "three"]
 
 
+@pytest.mark.parametrize("odd", ["null", "5", '["a"]'])
+def test_a_prompt_that_is_no_text_is_refused(tmp_path: Path, odd: str) -> None:
+    from greenroom.cli.trace import read_prompts
+
+    (tmp_path / "p").write_text(f'{{"prompt": "one"}}\n\n{{"prompt": {odd}}}\n')
+    with pytest.raises(ConfigError, match=r"p, line 3: .* text in the field prompt"):
+        read_prompts(tmp_path / "p")
+
+
 @pytest.mark.parametrize(
     "arguments,words",
     [
@@ -373,6 +411,16 @@ def test_prompts_as_json_lines(tmp_path: Path) -> None:
         (["demo", "--prompts", "p", "--out", "t", "--vram", "1GiB"], "--vram"),
         (["--import", "nowhere.npz", "--out", "t"], "nowhere.npz"),
         (["--import", "x", "--out", "t", "--num-experts", "0"], "--num-experts"),
+        (["demo", "--prompts", "p", "--out", "t", "--num-experts", "4"], "--num-experts"),
+        (["demo", "--prompts", "p", "--out", "folder"], "folder"),
+        (["demo", "--prompts", "p", "--out", "blocked"], "cannot write blocked"),
+        (["demo", "--prompts", "p", "--out", "t" * 300], "cannot write"),
+        (["--import", "x", "--out", "folder"], "folder"),
+        (["--import", "x", "--out", "t", "--prompts", "p"], "--prompts"),
+        (["--import", "x", "--out", "t", "--no-probabilities"], "--no-probabilities"),
+        (["--import", "x", "--out", "t", "--temperature", "1"], "--temperature"),
+        (["--import", "x", "--out", "t", "--ram", "1GiB"], "--ram"),
+        (["--import", "x", "--out", "t", "--expert-bits", "2"], "--expert-bits"),
     ],
 )
 def test_what_cannot_be_is_one_line(
@@ -382,6 +430,10 @@ def test_what_cannot_be_is_one_line(
     Path("empty").write_text("\n \n")
     Path("bad").write_text('{"text": 1}\n')
     Path("p").write_text("hello\n")
+    for folder in ("folder", "blocked.partial"):
+        Path(folder).mkdir()
+    monkeypatch.setattr("greenroom.library.find", lambda *_, **__: pytest.fail("a model was looked for"))
     assert main(["trace", *arguments]) == 2
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1 and err[0].startswith("greenroom: ") and words in err[0]
+    assert not list(tmp_path.glob("t*"))

@@ -1,7 +1,9 @@
 """`greenroom analyze T`: what a routing trace shows, as a table, JSON and pictures. Imports no torch."""
 
 import argparse
+import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +36,34 @@ def execute(options: argparse.Namespace) -> int:
 
     sizes, names = _numbers(options.sizes), _names(options.policies)
     trace = read_trace(options.trace)
+    folder = Path(options.plots) if options.plots else _beside(Path(options.trace))
+    if not options.no_plots and importlib.util.find_spec("matplotlib") is not None:
+        _check(folder)  # before what takes long
     passes = 1 + len(POLICIES if names is None else names)
     with Progress("replaying", trace.tokens * passes, unit="tokens") as progress:
         report = analyze(trace, which=options.tokens, sizes=sizes, policies=names, advance=progress.advance)
     print(report.table(), flush=True)
-    drawn = [] if options.no_plots else _draw(report, Path(options.plots or Path(options.trace).with_suffix("")))
+    drawn = [] if options.no_plots else _draw(report, folder)
     if options.json:
         shared.print_json({**report.json(), "plots": drawn})
     return 0
+
+
+def _beside(trace: Path) -> Path:
+    """Where to draw by default: a folder of the trace's name without its suffix, or with `-plots` where it has none."""
+    folder = trace.with_suffix("")
+    return trace.with_name(f"{trace.name}-plots") if folder == trace else folder
+
+
+def _check(folder: Path) -> None:
+    """Raise ConfigError where nothing can be drawn into `folder`. Makes nothing."""
+    try:
+        nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot draw into {folder} ({error.strerror or error}): give another with --plots"
+        ) from error
 
 
 def _draw(report: "Report", folder: Path) -> "list[str]":

@@ -55,6 +55,9 @@ def execute(options: argparse.Namespace) -> int:
     from greenroom.evaluate import evaluate
     from greenroom.packed import PackedModel
 
+    for flag in ("limit", "include_path"):
+        if getattr(options, flag) is not None:
+            raise ConfigError(f"--{flag.replace('_', '-')} is for tasks: add --tasks, or leave it out")
     if options.text is None:
         raise ConfigError("--text is missing: give a text file to measure on, or --tasks")
     if options.no_original and (options.receipt or options.original is not None):
@@ -63,6 +66,8 @@ def execute(options: argparse.Namespace) -> int:
         raise ConfigError("--cells keeps the scores of a grid: add --grid")
     if options.activation_bits != 16 and (options.grid or options.receipt):
         raise ConfigError("--activation-bits tells nothing of weights: leave it out with --grid and --receipt")
+    if options.dtype not in (None, "float32") and (options.grid or options.receipt):
+        raise ConfigError("--dtype is of activations, not of weights: leave it out with --grid and --receipt")
     if options.grid:
         grid.check(options)
     text = read_text(options.text)
@@ -116,7 +121,7 @@ def _tasks(options: argparse.Namespace) -> int:
     return 0
 
 
-_MEMORY = ("ram", "experts_per_layer", "policy", "prefetch", "lookahead", "activation_bits")
+_MEMORY = ("ram", "experts_per_layer", "policy", "prefetch", "lookahead", "activation_bits", "dtype")
 
 
 def read_text(path: str) -> "Text":

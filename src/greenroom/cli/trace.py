@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
     shared.add_memory(parser)
     shared.add_bits(parser)
     shared.add_common(parser)
-    parser.set_defaults(execute=execute)
+    parser.set_defaults(execute=execute, default_of=parser.get_default)
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -44,17 +44,35 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
+_OF_AN_IMPORT = {"source", "out", "num_experts", "json", "verbose"}
+_OF_NO_FLAG = {"command", "model", "execute", "default_of"}
+
+
 def _check(options: argparse.Namespace) -> None:
+    from greenroom.trace import check_place
+
     if (options.source is None) == (options.model is None):
         raise ConfigError("give a model and --prompts, or --import with a file of arrays")
     if options.source is None and options.prompts is None:
         raise ConfigError("--prompts is missing: give a file with a prompt a line")
+    if options.source is None and options.num_experts is not None:
+        raise ConfigError("--num-experts is for arrays, a model says its own: leave it out, or give --import")
+    if options.source is not None:
+        _check_import(options)
     if options.guess_layers < 0:
         raise ConfigError(f"--guess-layers must be at least 0, not {options.guess_layers}")
     if options.num_experts is not None and not 1 <= options.num_experts <= 65535:
         raise ConfigError(f"--num-experts must be from 1 to 65535, not {options.num_experts}")
     if not Path(options.out).absolute().parent.is_dir():
         raise ConfigError(f"the folder of {options.out} does not exist: make it first")
+    check_place(options.out)  # before what takes long
+
+
+def _check_import(options: argparse.Namespace) -> None:
+    """Refuse what is for running a model."""
+    for name, value in vars(options).items():
+        if name not in _OF_AN_IMPORT | _OF_NO_FLAG and value != options.default_of(name):
+            raise ConfigError(f"--{name.replace('_', '-')} is for running a model: leave it out with --import")
 
 
 def _import(options: argparse.Namespace) -> "dict[str, Any]":
@@ -124,19 +142,25 @@ def _messages(options: argparse.Namespace, prompt: str) -> "list[dict[str, str]]
 def read_prompts(path: Path) -> "list[str]":
     """A prompt a line, blank ones left out; or, where the first line is a JSON object, the field `prompt` of each."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the prompts in {path} ({error}): give a text file") from None
+    lines = {number: line for number, line in enumerate(text.splitlines(), start=1) if line.strip()}
     if not lines:
         raise ConfigError(f"{path} holds no prompt: write one a line")
-    return [_prompt_of(path, line) for line in lines] if lines[0].lstrip().startswith("{") else lines
+    if not next(iter(lines.values())).lstrip().startswith("{"):
+        return list(lines.values())
+    return [_prompt_of(f"{path}, line {number}", line) for number, line in lines.items()]
 
 
-def _prompt_of(path: Path, line: str) -> str:
+def _prompt_of(place: str, line: str) -> str:
     try:
-        return str(json.loads(line)["prompt"])
+        prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path}: {line[:40]!r} is no JSON object with a field prompt") from None
+        prompt = None
+    if not isinstance(prompt, str):
+        raise ConfigError(f"{place}: {line[:40]!r} is no JSON object with a text in the field prompt: give it one")
+    return prompt
 
 
 def _report(path: str, prompts: int, prompt_tokens: int, tokens: int) -> "dict[str, Any]":

@@ -25,12 +25,18 @@ class Cells:
         if path is None:
             return
         try:
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            whole = [line for line in lines if line.endswith("\n")] or [json.dumps(subject) + "\n"]
-            self._load(whole, subject)  # before the file is touched: it may be somebody else's
-            path.write_text("".join(whole))
+            whole = self._whole(path.read_text() if path.exists() else "", json.dumps(subject) + "\n")
+            self._load(whole.splitlines(), subject)  # before the file is touched: it may be somebody else's
+            path.write_text(whole)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot use {path} ({error}): give another --cells") from error
+
+    def _whole(self, text: str, header: str) -> str:
+        """The whole lines of `text`; the header where a run was killed before it had written that."""
+        whole = text[: text.rfind("\n") + 1]
+        if not whole and not header.startswith(text):
+            raise ConfigError(f"{self._path} is no file of a grid's scores: give another --cells")
+        return whole or header
 
     def _load(self, lines: "list[str]", subject: "dict[str, Any]") -> None:
         try:

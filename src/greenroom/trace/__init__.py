@@ -7,6 +7,6 @@ trace shows; see `analyze`.
 
 from greenroom.trace.arrays import import_arrays
 from greenroom.trace.format import RoutingTrace, read_trace
-from greenroom.trace.writer import TraceWriter, write_trace
+from greenroom.trace.writer import TraceWriter, check_place, write_trace
 
-__all__ = ["RoutingTrace", "TraceWriter", "import_arrays", "read_trace", "write_trace"]
+__all__ = ["RoutingTrace", "TraceWriter", "check_place", "import_arrays", "read_trace", "write_trace"]

@@ -57,51 +57,63 @@ class RoutingTrace:
 
     def check(self, name: str) -> None:
         """Raise TraceError, naming the trace `name`, where the arrays cannot belong together."""
-        problem = _problem(self)
+        problem = self.problem()
         if problem:
-            raise TraceError(f"{name} is no routing trace ({problem}): record it again, or import the arrays")
+            raise TraceError(f"{name} is no routing trace ({problem[1]}): record it again, or import the arrays")
+
+    def problem(self) -> "tuple[str, str] | None":
+        """(an array that cannot belong to the others, why), or None."""
+        return _bad_shape(self) or _bad_experts(self)
 
 
-def _problem(trace: RoutingTrace) -> str:
+def _bad_shape(trace: RoutingTrace) -> "tuple[str, str] | None":
     experts, tokens = trace.experts, trace.tokens
     if experts.ndim != 3 or experts.dtype.kind != "u":
-        return f"experts has shape {experts.shape} and type {experts.dtype}, not unsigned [tokens, layers, k]"
+        return (
+            "experts",
+            f"experts has shape {experts.shape} and type {experts.dtype}, not unsigned [tokens, layers, k]",
+        )
     if not 0 <= trace.num_experts <= 65535 or trace.top_k > max(trace.num_experts, 1):
-        return f"{trace.top_k} of {trace.num_experts} experts a token"
+        return "experts", f"{trace.top_k} of {trace.num_experts} experts a token"
     for name, starts in (("offsets", trace.offsets), ("passes", trace.passes)):
         if starts.ndim != 1 or starts.dtype.kind not in "iu" or not len(starts):
-            return f"{name} is no list of numbers"
-        if starts[0] != 0 or starts[-1] != tokens or (np.diff(starts) < 0).any():
-            return f"{name} must rise from 0 to the {tokens} tokens"
+            return name, f"{name} is no list of whole numbers"
+        if starts[0] != 0 or starts[-1] != tokens or (starts[1:] < starts[:-1]).any():
+            return name, f"{name} must rise from 0 to the {tokens} tokens"
     if not np.isin(trace.offsets, trace.passes).all():
-        return "a pass spans two prompts"
+        return "passes", "a pass spans two prompts"
     if trace.prompt.shape != (tokens,) or trace.prompt.dtype != np.bool_:
-        return "prompt is not one truth value a token"
+        return "prompt", "prompt is not one truth value a token"
+    return _bad_extra(trace)
+
+
+def _bad_extra(trace: RoutingTrace) -> "tuple[str, str] | None":
+    """What need not be there and does not fit."""
     shapes = {"weights": (trace.top_k,), "probabilities": (trace.num_experts,), "guesses": (None, None)}
     for name, rest in shapes.items():
         array = getattr(trace, name)
         if array is None:
             continue
-        wanted = (tokens, trace.layers, *rest)
+        wanted = (trace.tokens, trace.layers, *rest)
         if array.ndim != len(wanted) or any(w not in (None, h) for w, h in zip(wanted, array.shape, strict=True)):
-            return f"{name} has shape {array.shape}"
+            return name, f"{name} has shape {array.shape}"
         if array.dtype.kind != ("u" if name == "guesses" else "f"):
-            return f"{name} has type {array.dtype}"
-    return _bad_experts(trace)
+            return name, f"{name} has type {array.dtype}"
+    return None
 
 
-def _bad_experts(trace: RoutingTrace) -> str:
+def _bad_experts(trace: RoutingTrace) -> "tuple[str, str] | None":
     """Experts out of range, or twice in one set; in blocks, so that memory stays small."""
     for start in range(0, trace.tokens, 4096):
         block = trace.experts[start : start + 4096]
         if block.size and int(block.max()) > trace.num_experts:
-            return f"expert {int(block.max())} of {trace.num_experts}"
+            return "experts", f"expert {int(block.max())} of {trace.num_experts}"
         ordered = np.sort(block, axis=2)
         twice = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] < trace.num_experts)
         if twice.any():
             token = start + int(np.argwhere(twice)[0, 0])
-            return f"token {token} names an expert twice in one layer"
-    return ""
+            return "experts", f"token {token} names an expert twice in one layer"
+    return None
 
 
 def read_trace(path: "str | Path") -> RoutingTrace:
@@ -133,13 +145,14 @@ def read_trace(path: "str | Path") -> RoutingTrace:
 def read_arrays(path: Path) -> "dict[str, NDArray[Any]]":
     """All arrays of an npz file, its checksums compared; pickled objects are refused. Raises TraceError."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("not an npz archive")
-            return {name: file[name] for name in file.files}
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            with loaded as file:
+                return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise TraceError(f"{path} does not exist: record a trace with greenroom trace") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, KeyError, MemoryError) as error:
         raise TraceError(f"{path} cannot be read ({first_line(error)}): it is truncated or no npz file") from error
     except Exception as error:  # zlib.error, struct.error, tokenize errors of a damaged header
         raise TraceError(f"{path} is damaged ({first_line(error)}): record or fetch it again") from error
+    raise TraceError(f"{path} is a single array: save it with numpy.savez({path.stem!r}, experts=…)")

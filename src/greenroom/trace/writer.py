@@ -1,11 +1,12 @@
 """Write a routing trace as tokens come: bounded memory, nothing at its place before it is whole."""
 
+import contextlib
 import itertools
 import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -18,6 +19,29 @@ from greenroom.trace.arrays import smallest_type
 from greenroom.trace.format import VERSION, RoutingTrace
 
 _COPY_NBYTES = 1 << 20
+
+
+def check_place(path: "str | Path") -> None:
+    """Raise TraceError where no trace can be written to `path`. Leaves nothing there."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise TraceError(f"cannot write a trace to {path}, which is no file: give the name of one")
+        temporary = _temporary(path)
+        there = temporary.exists()
+        temporary.open("ab").close()
+        if not there:
+            temporary.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _unwritable(path: Path, error: OSError) -> TraceError:
+    return TraceError(f"cannot write {path} ({error.strerror or error}): choose another place")
 
 
 class TraceWriter:
@@ -65,7 +89,10 @@ class TraceWriter:
             self._drop()
 
     def add(self, passes: Sequence[int], **arrays: "NDArray[Any]") -> None:
-        """Append tokens: every array of the trace, each [n, …]; `passes`: how many tokens each forward pass had."""
+        """Append tokens: every array of the trace, each [n, …]; `passes`: how many tokens each forward pass had.
+
+        Raises TraceError where the disk of temporary files is full.
+        """
         assert arrays.keys() == self._spools.keys(), "arrays come and go"
         for name, array in arrays.items():
             assert len(array) == sum(passes), f"{name} has {len(array)} tokens, not {sum(passes)}"
@@ -82,7 +109,7 @@ class TraceWriter:
         """Pack, flush and rename. Raises TraceError where the disk is full or the folder cannot be written."""
         if self._offsets[-1] != self.tokens:
             self.end_prompt()
-        temporary = self.path.with_name(self.path.name + ".partial")
+        temporary = _temporary(self.path)
         try:
             with temporary.open("wb") as file:
                 self._pack(file)
@@ -91,7 +118,7 @@ class TraceWriter:
             temporary.replace(self.path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise TraceError(f"cannot write {self.path} ({error.strerror or error}): choose another place") from error
+            raise _unwritable(self.path, error) from error
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -114,7 +141,19 @@ class TraceWriter:
 
     def _drop(self) -> None:
         for spool in self._spools.values():
-            spool.file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take is tried once more, and not wanted
+                spool.file.close()
+
+
+@contextlib.contextmanager
+def _spooling() -> "Iterator[None]":
+    try:
+        yield
+    except OSError as error:
+        raise TraceError(
+            f"cannot keep the trace in {tempfile.tempdir or 'a temporary folder'} ({error.strerror or error}): "
+            "make room there, or set TMPDIR to another folder"
+        ) from error
 
 
 class _Spool:
@@ -122,11 +161,14 @@ class _Spool:
 
     def __init__(self, shape: "tuple[int, ...]", dtype: Any) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the writer)
+        with _spooling():
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the writer)
 
     def append(self, array: "NDArray[Any]") -> None:
         assert array.shape[1:] == self.shape, f"rows of shape {array.shape[1:]}, not {self.shape}"
-        self.file.write(np.ascontiguousarray(array, self.dtype).tobytes())
+        with _spooling():
+            self.file.write(np.ascontiguousarray(array, self.dtype).tobytes())
+            self.file.flush()  # a full disk is noticed here, where it has its own remedy
 
     def copy_to(self, member: "IO[bytes]", tokens: int) -> None:
         """The whole array in the npy format."""
