@@ -65,6 +65,7 @@ def packed_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def device_engines(packed4: PackedModel, monkeypatch: pytest.MonkeyPatch) -> "Iterator[Engines]":
     """Makes engines whose slots are on a fake device, with a number of slots in RAM."""
     monkeypatch.setattr("greenroom.engine.process_memory", lambda: {"anonymous": 0})
+    monkeypatch.setattr(Engine, "owed", 0)
     made = Engines(packed4)
     yield made
     made.close()

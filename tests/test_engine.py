@@ -1,10 +1,13 @@
 """The engine against oracles: whatever is cached, guessed or reordered, the logits are the same to the last bit."""
 
 import copy
+import gc
+import pickle
 import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from greenroom.cache import POLICIES, ExpertCache, replay
 from greenroom.config import EngineSettings
 from greenroom.engine import Engine
-from greenroom.errors import BudgetError
+from greenroom.errors import BudgetError, ConfigError
 from greenroom.packed import PackedModel
 from greenroom.runner import _ANY_ORDER
 from greenroom.store import DiskStore
@@ -520,7 +523,7 @@ torch.set_num_threads(1)
 from pathlib import Path
 from greenroom.config import EngineSettings
 from greenroom.engine import Engine
-from greenroom.errors import BudgetError
+from greenroom.errors import BudgetError, ConfigError
 from greenroom.packed import PackedModel
 packed = PackedModel(Path(sys.argv[1]))
 try:
@@ -599,3 +602,61 @@ def interrupted_once(function: Any) -> Any:
         return function(*arguments)
 
     return call
+
+
+def test_a_second_model_leaves_what_the_first_was_promised(packed4: PackedModel, monkeypatch: Any) -> None:
+    """Slots are not touched before they are filled: the system counts them as free."""
+    nbytes = sum(entry.num_experts * entry.record_nbytes for entry in packed4.manifest.experts)
+    monkeypatch.setattr("greenroom.engine.available_memory", lambda: 400 << 20)
+    one = Engine(packed4, EngineSettings(ram=1 << 40, context=16))
+    before = one.owed
+    assert before >= nbytes
+    two = Engine(packed4, EngineSettings(context=16))
+    assert two.plan.runtime > before and two.plan.budget - two.plan.runtime == int(0.9 * ((400 << 20) - before))
+    one.model(torch.arange(4, 40)[None], use_cache=False)
+    assert one.owed < before
+    two.close()
+    one.close()
+    three = Engine(packed4, EngineSettings(context=16))
+    assert three.plan.budget - three.plan.runtime == int(0.9 * (400 << 20))
+    three.close()
+
+
+def test_a_model_that_is_dropped_stops_its_threads(packed4: PackedModel) -> None:
+    def readers() -> int:
+        return sum(thread.name.startswith("greenroom-reader") for thread in threading.enumerate())
+
+    gc.collect()
+    before = readers()
+    engine = Engine(packed4, EngineSettings(experts_per_layer=2, context=16))
+    engine.model.generate(torch.arange(4, 9)[None], max_new_tokens=2)
+    assert readers() > before
+    del engine
+    gc.collect()
+    assert readers() == before
+
+
+def test_torch_has_its_threads_back(packed4: PackedModel) -> None:
+    try:
+        torch.set_num_threads(2)
+        with Engine(packed4, EngineSettings(experts_per_layer=2, context=16)) as one:
+            assert torch.get_num_threads() == 1
+            with Engine(packed4, EngineSettings(experts_per_layer=2, context=16)):
+                pass
+            assert torch.get_num_threads() == 1, "one still runs"
+            one.model(torch.arange(4, 9)[None])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_what_would_copy_a_model_without_its_experts_is_refused(packed4: PackedModel, tmp_path: Path) -> None:
+    with Engine(packed4, EngineSettings(experts_per_layer=2, context=16)) as engine:
+        for action in (
+            lambda: engine.model.save_pretrained(tmp_path / "saved"),
+            lambda: copy.deepcopy(engine.model),
+            lambda: pickle.dumps(engine.model),
+        ):
+            with pytest.raises(ConfigError, match=r"copy .*or load it once more"):
+                action()
+    assert not (tmp_path / "saved").exists()

@@ -203,10 +203,11 @@ def test_a_prompt_in_pieces_equals_a_whole_one(case: Case) -> None:
     want = first_logits(case.model, ids, mask)
     with running(case.pack(16), settings=dataclasses.replace(SETTINGS, prompt_chunk=10)) as engine:
         assert distance(first_logits(engine.model, ids, mask), want) < TOLERANCE
-    base, forward = case.model.base_model, case.model.base_model.forward
+    base, forward, wrong = case.model.base_model, case.model.base_model.forward, True
     try:
         Prompts(base, 10, continues=True)
-        wrong = distance(first_logits(case.model, ids, mask), want) > CONTROL
+        with contextlib.suppress(RuntimeError):  # masks that do not fit
+            wrong = distance(first_logits(case.model, ids, mask), want) > CONTROL
     finally:
         base.forward = forward
     assert wrong == (not seam.continues(case.model.config))

@@ -1,11 +1,12 @@
 """Prompts in pieces: what is cut, how, and what is left whole. tests/test_families.py compares answers."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from greenroom import planner, seam
@@ -20,6 +21,7 @@ class Echo(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.config = PreTrainedConfig(use_cache=True)
         self.calls: list[dict[str, Any]] = []
 
     def forward(self, input_ids: torch.Tensor, **others: Any) -> Any:
@@ -62,7 +64,7 @@ def test_pieces_have_their_part_of_what_is_given() -> None:
 @pytest.mark.parametrize(
     "others",
     [
-        {"past_key_values": None},
+        {"past_key_values": None, "use_cache": False},
         {"output_hidden_states": True},
         {"output_attentions": True},
         {"return_dict": False},
@@ -79,6 +81,15 @@ def test_what_cannot_be_cut_is_not(others: "dict[str, Any]") -> None:
     base = Echo()
     Prompts(base, 8, continues=True)
     base.forward(tokens(1, 11), **{"past_key_values": DynamicCache(), **others})
+    assert base.widths == [11]
+
+
+@torch.no_grad()
+def test_what_the_configuration_wants_is_not_cut() -> None:
+    base = Echo()
+    Prompts(base, 8, continues=True)
+    base.config.output_hidden_states = True
+    base.forward(tokens(1, 11), past_key_values=DynamicCache())
     assert base.widths == [11]
 
 
@@ -120,8 +131,31 @@ def test_generate_bounds_what_a_prompt_takes(packed4: PackedModel) -> None:
         engine.model.generate(tokens(rows, 20) + 4, max_new_tokens=2, do_sample=False)
         assert 0 < longest <= 16
         longest = 0
-    engine.model(tokens(1, 20) + 4, use_cache=False)
-    assert longest == 20, "whoever wants all of it has it"
+    with torch.no_grad():
+        engine.model(tokens(1, 20) + 4, logits_to_keep=1)
+        assert 0 < longest <= 16, "a cache that the model makes"
+        engine.model(tokens(1, 20) + 4, use_cache=False)
+        assert longest == 20, "whoever wants all of it has it"
+    engine.close()
+
+
+@pytest.mark.parametrize("wanted", ["output_hidden_states", "output_router_logits"])
+def test_who_asked_once_for_more_is_served_as_before(packed4: PackedModel, wanted: str) -> None:
+    """transformers leaves hooks in place that do nothing; the modules' own way was taken for good."""
+    engine = Engine(packed4, EngineSettings(experts_per_layer=2, prompt_chunk=16, context=64))
+    ids, seen = tokens(1, 20) + 4, []
+    with torch.no_grad():
+        want = engine.model(ids).logits
+        for _ in range(2):
+            assert torch.equal(engine.model(ids).logits, want)
+            assert getattr(engine.model(ids, **{wanted: True}), wanted.removeprefix("output_"))
+        assert engine.model.base_model.layers[0].mlp._forward_hooks or engine.model.base_model.layers[0]._forward_hooks
+        steps = engine.decode.steps
+        engine.model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        assert engine.decode.steps == steps + 2
+        engine.model.base_model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+        engine.model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        assert engine.decode.steps == steps + 2 and len(seen) == 3 and "hooked" in str(engine.decode)
     engine.close()
 
 
@@ -139,3 +173,31 @@ def test_scores_are_planned_where_attention_makes_them(packed4: PackedModel) -> 
     on_cpu = EngineSettings(ram=8 << 30, context=4096)
     assert working_set(True, on_cpu) == working_set(False, on_cpu), "compiled"
     assert not seam.makes_scores(config)
+
+
+@pytest.mark.parametrize("change", ["attention", "forward", "top_k", "gate"])
+def test_changed_modules_are_seen(packed4: PackedModel, change: str) -> None:
+    """By the compiled way as by the modules: it holds copies, and addresses, of what they were."""
+    engine = Engine(packed4, EngineSettings(experts_per_layer=2, context=64))
+    ids, layer = tokens(1, 20) + 4, engine.model.base_model.layers[1]
+    with torch.no_grad():
+        before, prompts = engine.model(ids).logits, engine.decode.prompts
+        if change == "attention":
+            layer.self_attn = copy.deepcopy(layer.self_attn)
+            layer.self_attn.scaling *= 3
+        elif change == "forward":
+            own = layer.mlp.forward
+            layer.mlp.forward = lambda hidden: -own(hidden)
+        elif change == "top_k":
+            layer.mlp.gate.top_k = 1
+        else:
+            layer.mlp.gate.weight.mul_(-1)
+        engine.decode.enabled = False
+        want = engine.model(ids).logits
+        engine.decode.enabled = True
+        for _ in range(2):
+            got = engine.model(ids).logits
+            assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
+        assert not torch.allclose(before, want, atol=1e-2 * float(want.abs().max()))
+        assert (engine.decode.prompts == prompts + 2) == (change != "forward"), "what it understands it computes again"
+    engine.close()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import random
 import statistics
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,12 @@ from greenroom.device import Device, find_gpu
 from greenroom.device_runner import DeviceRunner
 from greenroom.errors import BudgetError
 from greenroom.history import History
+from greenroom.identity import Identity
 from greenroom.kernels import native, over_slots
 from greenroom.layer_steps import LayerSteps
 from greenroom.machine import available_memory
 from greenroom.metrics import Metrics, process_memory
-from greenroom.model import MappedEmbedding, build, routers
+from greenroom.model import MappedEmbedding, build, keep_from_copies, routers
 from greenroom.packed import PackedModel
 from greenroom.placement import Placement
 from greenroom.prefetch import AUTOMATIC, Prefetcher
@@ -33,6 +35,17 @@ from greenroom.store import Arena, DiskStore, Store
 from greenroom.tiers import DeviceArena, Link, TierTransfer
 from greenroom.token_model import TokenModel
 from greenroom.transfer import Transfer
+
+_RUNNING: "weakref.WeakSet[Engine]" = weakref.WeakSet()
+"""Engines of this process: memory that one was promised and has not touched is not another's."""
+
+
+def _stop(transfer: "Transfer | TierTransfer", store: Store) -> None:
+    """Stop an engine's threads and close its files, also where somebody drops it without a word."""
+    transfer.close()
+    store.close()
+    if not list(_RUNNING):
+        threads.give_back()
 
 
 class Engine:
@@ -62,13 +75,14 @@ class Engine:
         self.kernel = kernels.describe(dtype) if self.device is None else over_slots.describe(self.device.place)
         """which kernel computes, for people"""
         config = seam.load_config(packed.folder)
-        runtime = process_memory()["anonymous"]
+        owed = sum(other.owed for other in _RUNNING)
+        runtime = process_memory()["anonymous"] + owed
         self.plan = planner.make_plan(
             packed.manifest,
             config,
             settings,
             runtime=runtime,
-            budget=planner.budget_of(settings, runtime, available_memory()),
+            budget=planner.budget_of(settings, runtime, available_memory() - owed),
             element_size=dtype.itemsize,
             scores=seam.makes_scores(config),
             gains=history.gains() if history else None,
@@ -93,13 +107,43 @@ class Engine:
             if (owner := seam.owner(self.model, layers)) is not None:
                 embeddings = [one for one in owner.modules() if isinstance(one, MappedEmbedding)]
                 self.around = TokenModel(owner, self.steps, self.device, embeddings)
-        self.prompts = Prompts(self.model.base_model, settings.prompt_chunk, seam.continues(config))
+        base = self.model.base_model
+        self.prompts = Prompts(base, settings.prompt_chunk, seam.continues(config), self._look)
+        self._identity = Identity(base)
         self.model.greenroom = self
         seam.load_generation_config(self.model, packed.folder)
+        keep_from_copies(self.model, packed.folder)
+        self._stop = weakref.finalize(self, _stop, self._transfer, self._store)
+        self._stop.atexit = False  # reads under way need not hold up an exit
+        _RUNNING.add(self)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def owed(self) -> int:
+        """Bytes of RAM that this engine was promised and has not touched yet."""
+        return self._host.untouched_nbytes
+
+    def _look(self) -> None:
+        """Forget what was made of the model's modules, where somebody has changed them since."""
+        if not self._identity.holds():
+            self.decode.forget()
+            self._forget_captured()
+            self._identity = Identity(self.model.base_model)
+
+    def _forget_captured(self) -> None:
+        if self.steps is not None:
+            self.steps.forget()
+        if self.around is not None:
+            self.around.forget()
 
     def _on_cpu(self) -> ExpertRunner:
         """Slots in RAM, the rest on disk."""
-        arena = Arena(self.plan.slots + self.plan.staging_buffers, self.plan.record_nbytes)
+        self._host = arena = Arena(self.plan.slots + self.plan.staging_buffers, self.plan.record_nbytes)
         self._transfer: Transfer | TierTransfer = Transfer(self._store, arena, self.settings.readers, self._shuffle)
         return ExpertRunner(arena=arena, kernel=self._experts, **self._parts())
 
@@ -113,7 +157,7 @@ class Engine:
             arena = DeviceArena(device, self.plan.slots + self.plan.staging_buffers, nbytes)
         except torch.OutOfMemoryError as error:
             raise self._too_large_for(device) from error
-        host = Arena(self.plan.ram.slots + self.plan.staging_buffers, nbytes)
+        self._host = host = Arena(self.plan.ram.slots + self.plan.staging_buffers, nbytes)
         self._transfer = TierTransfer(
             arena,
             host,
@@ -235,12 +279,9 @@ class Engine:
         if self._history and remember:
             self._history.add(self.curve.counts)
         self._history = None
-        if self.steps is not None:
-            self.steps.forget()
-        if self.around is not None:
-            self.around.forget()
-        self._transfer.close()
-        self._store.close()
+        self._forget_captured()
+        _RUNNING.discard(self)
+        self._stop()
         if self.device is not None:
             self.device.close()
             self.device.trim()

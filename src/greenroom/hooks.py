@@ -1,12 +1,18 @@
 """Who looks on while modules run."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import nn
 
+from greenroom.seam import is_idle
 
-def forward_hooks(module: nn.Module) -> "list[Mapping[int, Any]]":
-    """The tables of forward hooks of a module and all in it: one is not empty while somebody looks on. torch fills and
-    empties them in place, so that they need to be looked for once."""
-    return [hooks for one in module.modules() for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+
+class Hooks:
+    """Forward hooks of a module and all in it: true while somebody looks on."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # torch fills and empties these in place, so that they need to be looked for once
+        self._tables = [hooks for one in module.modules() for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+
+    def __bool__(self) -> bool:
+        if not any(self._tables):  # the usual case, asked at every token
+            return False
+        return not all(is_idle(hook) for hooks in self._tables if hooks for hook in hooks.values())

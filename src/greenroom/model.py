@@ -5,6 +5,7 @@ Builds the model's skeleton, gives it the packed model's dense weights and leave
 """
 
 import mmap
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from greenroom import kernels, seam
-from greenroom.errors import PackedModelError
+from greenroom.errors import ConfigError, PackedModelError
 from greenroom.packed import LinearEntry, PackedModel, TensorEntry
 from greenroom.prefetch import Router
 from greenroom.quant import dequantize
@@ -117,6 +118,16 @@ def build(packed: PackedModel, config: Any, dtype: torch.dtype, serve: seam.Serv
     seam.serve_experts(model, experts, layers, serve)
     _check_nothing_is_left(model, packed)
     return model
+
+
+def keep_from_copies(model: Any, folder: Path) -> None:
+    """Refuse what would write or copy a model without its experts, which are not in its memory."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ConfigError(f"a packed model is a folder already: copy {folder}, or load it once more")
+
+    for name in ("save_pretrained", "push_to_hub", "__deepcopy__", "__reduce_ex__"):
+        setattr(model, name, refuse)
 
 
 def routers(model: Any, packed: PackedModel) -> "list[Router | None]":

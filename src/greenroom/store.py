@@ -128,15 +128,22 @@ class Arena:
         self.count, self.record_nbytes = count, record_nbytes
         self._tensor = allocate(max(count * record_nbytes, 1))
         self._view = byte_view(self._tensor)
+        self._touched = bytearray(count)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return self.count * self.record_nbytes
 
+    @property
+    def untouched_nbytes(self) -> int:
+        """Bytes of the buffers that nothing was read into yet: the system counts them as free."""
+        return (self.count - sum(self._touched)) * self.record_nbytes
+
     def view(self, buffer: int, nbytes: int) -> memoryview:
         """The first `nbytes` of a buffer, to read into."""
         start = buffer * self.record_nbytes
+        self._touched[buffer] = 1
         return self._view[start : start + nbytes]
 
     def address(self, buffer: int) -> int:

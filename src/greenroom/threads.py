@@ -25,6 +25,14 @@ def take_over() -> None:
     torch.set_num_threads(1)
 
 
+def give_back() -> None:
+    """Let torch use the threads again that it was set to use: nothing of ours computes any more."""
+    global _ours
+    if _ours and torch.get_num_threads() == 1:  # or somebody has set it since
+        torch.set_num_threads(_ours)
+    _ours = 0
+
+
 @contextlib.contextmanager
 def lent_to_torch() -> "Iterator[None]":
     """Let torch use all threads: for large products and attention of its own."""

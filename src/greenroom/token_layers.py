@@ -13,7 +13,7 @@ from torch import nn
 
 from greenroom.device import Captured, CaptureError, Device
 from greenroom.device_runner import AheadCall, DeviceRunner, SentCall, sent_calls, told_by
-from greenroom.hooks import forward_hooks
+from greenroom.hooks import Hooks
 from greenroom.static_kv import NotServedError, StaticKV, StaticLayer, Window, adopt, unfit
 from greenroom.token_inputs import Arguments, Inputs, Places, Sights
 
@@ -34,7 +34,7 @@ class TokenLayer:
 
     def __init__(self, layer: nn.Module, device: Device, runner: DeviceRunner, inputs: Inputs, sights: Sights) -> None:
         self._forward, modules = layer.forward, list(layer.modules())
-        self._hooks = forward_hooks(layer)
+        self._hooks = Hooks(layer)
         self._device, self._runner, self._inputs, self._sights = device, runner, inputs, sights
         number: Any = next((module.layer_idx for module in modules if hasattr(module, "layer_idx")), None)
         self._kv, self._number = StaticKV(-1 if number is None else number), number
@@ -67,7 +67,7 @@ class TokenLayer:
 
     def watched(self) -> bool:
         """Whether somebody looks on: hooks of modules and observers of experts run on the host."""
-        return self._runner.observer is not None or any(self._hooks)
+        return self._runner.observer is not None or bool(self._hooks)
 
     def see(self, window: "int | None", length: int, args: "tuple[Any, ...]", kwargs: Arguments) -> Arguments:
         """The layer's arguments after `length` tokens, with keys, values and mask in their places."""

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput
 
 from greenroom.device import Captured, CaptureError, Device
-from greenroom.hooks import forward_hooks
+from greenroom.hooks import Hooks
 from greenroom.layer_steps import LayerSteps
 from greenroom.static_kv import NotServedError, StaticLayer, Window, lasting
 from greenroom.token_inputs import Arguments, Inputs, Places
@@ -124,7 +124,7 @@ class TokenModel:
     def __init__(self, base: Any, steps: LayerSteps, device: Device, embeddings: "Sequence[nn.Module]") -> None:
         self._base, self._forward, self._steps, self._device = base, base.forward, steps, device
         self._config, self._embeddings = vars(base.config), embeddings
-        self._hooks = forward_hooks(base)
+        self._hooks = Hooks(base)
         self._plan: _Plan | None = None
         self.enabled, self.reason = True, ""
         self.tokens = 0
@@ -174,7 +174,7 @@ class TokenModel:
             return False
         if type(cache) is not DynamicCache or cache.offloading or not self.enabled or self._base.training:
             return False
-        if self._steps.observed or any(self._hooks):
+        if self._steps.observed or self._hooks:
             return False
         mask = kwargs.get("attention_mask")
         shape = (1, cache.get_seq_length() + 1)

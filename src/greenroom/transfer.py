@@ -124,7 +124,9 @@ class Transfer:
             raise ClosedError("this process was forked after the model was loaded: load it here")
 
     def close(self) -> None:
-        """Finish what is being read and stop the threads."""
+        """Finish what is being read and stop the threads; in a forked child there are none."""
+        if os.getpid() != self._process:
+            return
         with self._state:
             self._closing = True
             self._queue.clear()

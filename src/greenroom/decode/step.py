@@ -14,7 +14,7 @@ from greenroom import environment
 from greenroom.decode import kv, proof
 from greenroom.decode.describe import DecoderParts, NotUnderstoodError, Turn, describe
 from greenroom.decode.prompt import Prompt
-from greenroom.hooks import forward_hooks
+from greenroom.hooks import Hooks
 from greenroom.kernels import native
 from greenroom.static_kv import lasting
 from greenroom.threads import count, lent_to_torch
@@ -81,7 +81,7 @@ class DecodeStep:
     def __init__(self, base: Any, serve: ServeToken, residents: "Residents | None" = None, rough: bool = False) -> None:
         self._base, self._serve, self._residents, self._rough = base, serve, residents, rough
         self._modules_forward = base.forward
-        self._hooks = forward_hooks(base)
+        self._hooks = Hooks(base)
         self._parts: DecoderParts | None = None
         self._decoder: Any = None
         self.enabled = environment.decode() != "modules"
@@ -99,6 +99,8 @@ class DecodeStep:
         """For people: what decodes single tokens."""
         if not self.enabled:
             return "transformers' modules, as asked for"
+        if self._hooks:
+            return "transformers' modules (somebody hooked them)"
         return f"transformers' modules ({self.reason})" if self.reason else "compiled"
 
     def forget(self) -> None:
@@ -132,13 +134,9 @@ class DecodeStep:
             or others.get("return_dict") is False
         ):
             return False
-        if self._base.training or self._watched():
+        if self._base.training or self._hooks:  # hooks see the modules' own way
             return False
         return not self.prove()
-
-    def _watched(self) -> bool:
-        """Whether somebody hooked a module: hooks see the modules' own way."""
-        return any(self._hooks)
 
     def prove(self) -> str:
         """Describe the decoder and compare it with its modules, unless that is done; gives `reason`."""

@@ -36,6 +36,7 @@ from greenroom.seam.experts import (
     serve_experts,
 )
 from greenroom.seam.gates import activation_kind
+from greenroom.seam.outputs import is_idle
 from greenroom.seam.routers import Gate, norm_before, router
 from greenroom.seam.weights import assign, dtype_of, materialize, replace, share, tensor, tensors
 
@@ -54,6 +55,7 @@ __all__ = [
     "expert_output",
     "experts_modules",
     "in_attention",
+    "is_idle",
     "load_config",
     "load_generation_config",
     "makes_scores",

@@ -54,8 +54,9 @@ def model_class(config: Any) -> Any:
     )
 
 
-_FORGETFUL = {"jamba"}
-"""Model types whose modules, given several tokens at once, scan them from an empty state whatever came before."""
+_FORGETFUL = {"jamba", "minimax"}
+"""Model types that cannot be given several tokens after others. Jamba's modules scan them from an empty state, and
+MiniMax's cache says that it is empty."""
 
 
 def continues(config: Any) -> bool:
