@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 import greenroom
 from greenroom import library
-from greenroom.cli import main
+from greenroom.cli import chat, generation, main
 from greenroom.device import FakeDevice
 from greenroom.errors import ConfigError
 from test_demo_checkpoint import make_wheel
@@ -101,14 +102,74 @@ def test_chat_remembers_and_ends(packed: Path, capsys: pytest.CaptureFixture[str
 
 def test_chat_turns_equal_one_prompt(packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """The KV cache of earlier turns changes nothing but the time."""
-    from greenroom.cli import chat
-
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nagain\n"))
     with_cache = call(capsys, "chat", "demo", "--max-new-tokens", "6", "--json")[1]
     monkeypatch.setattr(chat._Conversation, "_continues", lambda self, ids: False)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nagain\n"))
     without = call(capsys, "chat", "demo", "--max-new-tokens", "6", "--json")[1]
     assert json.loads(with_cache[-1])["text"] == json.loads(without[-1])["text"]
+
+
+REWRITTEN = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'][:2] if m['role'] == 'assistant' else m['content'] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+"""Of earlier answers two characters are left."""
+
+
+def test_chat_goes_back_to_where_the_template_rewrites(
+    packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same answer as when all is read again, from fewer tokens; control: what is kept matters."""
+    from transformers.cache_utils import DynamicLayer
+
+    fed: list[int] = []
+    answer, tokenizer_of, crop = generation.answer, library.tokenizer_of, DynamicLayer.crop
+
+    def counted(engine: Any, tokenizer: Any, inputs: Any, options: Any, **extra: Any) -> Any:
+        past = extra.get("past_key_values")
+        fed.append(inputs["input_ids"].shape[1] - (0 if past is None else past.get_seq_length()))
+        return answer(engine, tokenizer, inputs, options, **extra)
+
+    def rewriting(folder: Path) -> Any:
+        tokenizer = tokenizer_of(folder)
+        tokenizer.chat_template = REWRITTEN
+        return tokenizer
+
+    def shifted(layer: Any, tokens_to_remove: int) -> None:
+        crop(layer, tokens_to_remove)
+        layer.values = layer.values.roll(1, dims=-2)
+
+    def talk() -> "tuple[str, list[int]]":
+        fed.clear()
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello there, you\nand again\nonce more\n"))
+        out = call(capsys, "chat", "demo", "--max-new-tokens", "12", "--json")[1]
+        return json.loads(out[-1])["text"], list(fed)
+
+    monkeypatch.setattr(generation, "answer", counted)
+    monkeypatch.setattr(library, "tokenizer_of", rewriting)
+    text, few = talk()
+    with monkeypatch.context() as patch:
+        patch.setattr(DynamicLayer, "crop", shifted)
+        other, _ = talk()
+    monkeypatch.setattr(chat._Conversation, "_goes_back", lambda self, ids: False)
+    fresh, all_ = talk()
+    assert text == fresh and few[0] == all_[0] and few[1] < all_[1] and few[2] < all_[2]
+    assert other != fresh, "another cache would not have shown"
+
+
+def test_only_a_cache_of_all_positions_is_cropped() -> None:
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+    def cache(*layers: Any) -> Any:
+        made = DynamicCache()
+        made.layers = list(layers)
+        return made
+
+    assert chat._can_be_cropped(cache(DynamicLayer(), DynamicLayer()))
+    assert not chat._can_be_cropped(cache(DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=8)))
+    assert not chat._can_be_cropped(cache(DynamicLayer(), LinearAttentionLayer()))
+    assert not chat._can_be_cropped(None)
 
 
 def test_pack_verify_and_damage(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +199,17 @@ def test_plan_says_what_fits(packed: Path, capsys: pytest.CaptureFixture[str]) -
     assert report["total"] == sum(report[part] for part in parts)
     assert report["tokens_per_s"] > 0 and report["disk_bytes_per_s"] > 0
     assert "too small" in refused(capsys, "plan", "demo", "--ram", "10MiB")
+
+
+@pytest.mark.parametrize("flag", ["--ram", "--experts-per-layer"])
+def test_plan_says_what_is_not_free(
+    packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    arguments = ["plan", "demo", flag, "2GiB" if flag == "--ram" else "8"]
+    monkeypatch.setattr("greenroom.machine.available_memory", lambda: 64 << 30)
+    assert "may run out" not in "".join(call(capsys, *arguments)[1])
+    monkeypatch.setattr("greenroom.machine.available_memory", lambda: 1 << 20)
+    assert f"with {flag} {arguments[-1]} this machine may run out" in "".join(call(capsys, *arguments)[1])
 
 
 def test_plan_of_a_gpu_needs_none(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,6 +281,93 @@ def test_a_gpu_is_looked_for_before_anything_is_packed(
         greenroom.load("demo", vram="1GiB")
 
 
+@pytest.mark.parametrize("command", [["run", "demo", "hello"], ["chat", "demo"], ["bench", "demo"], ["plan", "demo"]])
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--ram", "12Gigs"], "12Gigs"),
+        (["--ram", "9" * 400], "a size must be below"),
+        (["--policy", "lruu-shared"], "unknown policy 'lruu-shared'"),
+        (["--lookahead", "0"], "lookahead must be at least 1"),
+        (["--context", "0"], "context must be at least 1"),
+        (["--prefetch", "-1"], "prefetch must be at least 0"),
+        (["--experts-per-layer", "-1"], "experts_per_layer must be at least 0"),
+        (["--group-size", "50"], "group size"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_fetched(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: "list[str]",
+    flags: "list[str]",
+    words: str,
+) -> None:
+    monkeypatch.setenv("GREENROOM_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_in_child", lambda job: pytest.fail("packed, and refused then"))
+    monkeypatch.setattr(library, "demo_checkpoint", lambda: pytest.fail("fetched, and refused then"))
+    assert words in refused(capsys, *command, *flags)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy": "x"},
+        {"policy": None},
+        {"prefetch": "1"},
+        {"prefetch": True},
+        {"experts_per_layer": 2.5},
+        {"activation_bits": 8.0},
+        {"context": "many"},
+        {"dtype": []},
+        {"expert_bits": 4.0},
+        {"group_size": "64"},
+    ],
+)
+def test_load_refuses_wrong_settings_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: "dict[str, Any]"
+) -> None:
+    monkeypatch.setenv("GREENROOM_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_in_child", lambda job: pytest.fail("packed, and refused then"))
+    with pytest.raises(ConfigError):
+        greenroom.load("demo", **settings)
+
+
+def test_a_packed_copy_is_not_taken_for_an_edited_checkpoint(tmp_path: Path) -> None:
+    """Whatever packing reads or copies counts; what it does not, and the group size that is the default, do not."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.model", "merges.txt"):
+        (source / name).write_text("1")
+
+    def name(**bits: int) -> str:
+        return library.place(source, {**bits})[0].name
+
+    seen = {name()}
+    for path in sorted(source.iterdir()):
+        path.write_text("22")
+        assert name() not in seen, f"an edit of {path.name} is not noticed"
+        seen.add(name())
+    (source / "README.md").write_text("3")
+    assert name() in seen and name(group_size=64) == name() != name(group_size=32)
+    assert name(expert_bits=2, group_size=16) == name(expert_bits=2) != name(expert_bits=2, group_size=64)
+    assert library.place("owner/name", {"group_size": 64})[0].name == "owner--name-e4-a16-h8"
+
+
+def test_a_child_that_packs_ends_with_its_parent() -> None:
+    """However the parent ends."""
+    child = (
+        "import time; from greenroom import library; "
+        "library._build = lambda: [print('ready', flush=True), time.sleep(10), print('outlived it')]; library._child()"
+    )
+    program = f"import subprocess, sys; subprocess.call([sys.executable, '-c', {child!r}, '{{}}'])"
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+    parent.kill()
+    parent.wait()
+    assert parent.stdout.read() == ""  # until the child, too, has closed it
+
+
 def test_a_child_that_packs_may_fetch_what_its_parent_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """A notebook's secrets are not in its environment."""
     given: list[Any] = []
@@ -259,6 +418,7 @@ def test_bench_answers_a_prompt(packed: Path, capsys: pytest.CaptureFixture[str]
         (["run", "demo", "hello", "--temperature", "-1"], "--temperature"),
         (["run", "demo", "hello", "--top-p", "0"], "--top-p"),
         (["run", "demo", "hello", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["run", "demo", "hello", "--seed", "9" * 20], "--seed must be from"),
         (["run", "demo", "hello", "--ram", "a lot"], "a lot"),
         (["run", "demo", "hello", "--ram", "1MiB"], "too small"),
         (["run", "demo", "hello", "--vram", "8GiB"], "needs a"),
@@ -276,6 +436,51 @@ def test_what_cannot_be_is_one_line(
     packed: Path, capsys: pytest.CaptureFixture[str], arguments: "list[str]", words: str
 ) -> None:
     assert words in refused(capsys, *arguments)
+
+
+def test_stdin_that_is_no_text(
+    packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in (["run", str(packed), "-"], ["chat", str(packed)]):
+        for errors in ("strict", "surrogateescape"):  # the second is Python's choice in the C locale
+            stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors)
+            monkeypatch.setattr(sys, "stdin", stdin)
+            code, _, err = call(capsys, *command)
+            assert code == 2 and "iconv" in err.splitlines()[-1] and "Traceback" not in err
+    assert "iconv" in refused(capsys, "run", str(packed), "caf\udce9")
+
+
+def test_stdout_that_lacks_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="latin-1"))
+    monkeypatch.setattr("greenroom.cli.run.execute", lambda options: print("café →") or 0)
+    assert main(["run", "demo", "hello"]) == 0
+    assert raw.getvalue() == "café ?\n".encode("latin-1")
+
+
+def test_an_answer_that_was_cut_says_so(
+    packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = "greenroom: the answer was cut at --max-new-tokens 2"
+    _, out, err = call(capsys, "run", "demo", "hello", "--max-new-tokens", "2", "--json")
+    assert cut in err.splitlines() and "was cut" not in "".join(out)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert cut in call(capsys, "chat", "demo", "--max-new-tokens", "2")[2].splitlines()
+    ends = SimpleNamespace(model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[7, 9])))
+    assert [generation._is_cut(ends, ids, 2) for ids in ([7, 8], [8, 9], [8])] == [True, False, False]
+    ends.model.generation_config.eos_token_id = 8
+    assert [generation._is_cut(ends, ids, 2) for ids in ([7, 8], [8, 9])] == [False, True]
+
+
+def test_verify_finds_what_a_checkpoint_is_packed_to(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    library.find("demo")
+    source = str(cache / "demo" / "checkpoint")
+    assert "run greenroom pack first" in refused(capsys, "verify", source, "--expert-bits", "2")
+    packed, bits = library.place(source, {"expert_bits": 2})
+    greenroom.pack(source, packed, **bits)
+    code, out, _ = call(capsys, "verify", source, "--expert-bits", "2")
+    assert code == 0 and out[0].startswith(f"{packed}: ")
+    assert "is packed already" in refused(capsys, "pack", str(packed), str(cache / "again"))
 
 
 def test_other_bits_than_packed_are_refused(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,9 +512,11 @@ def test_the_demo_at_16_bits_has_no_groups(cache: Path) -> None:
         "expert_bits": 16,
         "attention_bits": 8,
         "head_bits": 8,
+        "group_size": 0,
     }
     assert library.settled_bits("demo", {"expert_bits": 2})["group_size"] == 32
-    assert library.settled_bits("other", {"expert_bits": 16, "group_size": 64})["group_size"] == 64
+    with pytest.raises(ConfigError, match="no groups"):
+        library.settled_bits("other", {"expert_bits": 16, "group_size": 64})
 
 
 def test_help_needs_no_torch() -> None:

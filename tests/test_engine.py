@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -604,6 +605,13 @@ def interrupted_once(function: Any) -> Any:
     return call
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other test's engine runs."""
+    monkeypatch.setattr("greenroom.engine._RUNNING", weakref.WeakSet())
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_second_model_leaves_what_the_first_was_promised(packed4: PackedModel, monkeypatch: Any) -> None:
     """Slots are not touched before they are filled: the system counts them as free."""
     nbytes = sum(entry.num_experts * entry.record_nbytes for entry in packed4.manifest.experts)
@@ -636,6 +644,7 @@ def test_a_model_that_is_dropped_stops_its_threads(packed4: PackedModel) -> None
     assert readers() == before
 
 
+@pytest.mark.usefixtures("alone")
 def test_torch_has_its_threads_back(packed4: PackedModel) -> None:
     try:
         torch.set_num_threads(2)

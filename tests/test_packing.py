@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -30,7 +31,7 @@ from greenroom.checkpoint.source import resolve
 from greenroom.config import EngineSettings
 from greenroom.engine import Engine
 from greenroom.errors import CheckpointError, GreenroomError, PackedModelError, PackError, UnsupportedModelError
-from greenroom.packed import MANIFEST_NAME, RECORD_ALIGNMENT, PackedModel, writer
+from greenroom.packed import MANIFEST_NAME, RECORD_ALIGNMENT, PackedModel, locked, writer
 from greenroom.packing import pack
 
 IDS = torch.arange(4, 64)[None]  # enough tokens that every expert of every layer is used
@@ -331,6 +332,17 @@ def test_foreign_folders_and_files_are_refused(tiny: Path, tmp_path: Path) -> No
     one_line(caught, str(tmp_path / "file" / "m"))
 
 
+def test_one_at_a_time_packs_into_a_folder(tiny: Path, tiny_packed: "dict[str, bytes]", tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    with locked(tmp_path / "m"):
+        with pytest.raises(PackError) as caught:
+            pack(tiny, tmp_path / "m")
+        assert f"another greenroom packs into {tmp_path / 'm'}: wait for it" in str(caught.value)
+        assert files_of(tmp_path / "m") == {}
+    pack(tiny, tmp_path / "m")
+    assert files_of(tmp_path / "m") == tiny_packed
+
+
 def test_an_empty_folder_will_do(tiny: Path, tiny_packed: "dict[str, bytes]", tmp_path: Path) -> None:
     pack(tiny, tmp_path)
     assert files_of(tmp_path) == tiny_packed
@@ -546,7 +558,16 @@ def test_a_damaged_source_is_one_line(source: Path, tmp_path: Path, damage: str)
     assert not list(tmp_path.glob("m/*.partial"))
 
 
+def test_a_packed_source_says_so(packed4: PackedModel, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        pack(packed4.folder, tmp_path / "m")
+    one_line(caught, str(packed4.folder), "is packed already")
+
+
 def test_a_source_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        pack("demo", tmp_path / "m")
+    assert "or demo" not in one_line(caught, "demo does not exist")
     for src in (tmp_path / "nowhere", tmp_path / "file"):
         (tmp_path / "file").write_text("")
         with pytest.raises(CheckpointError) as caught:
@@ -556,23 +577,56 @@ def test_a_source_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("free", [(3 << 30) - 1, 3 << 30])
 def test_what_the_disk_cannot_hold_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    """Two shards of 2 GiB, of which half of one lies there; pictures are not fetched."""
-    sizes = {"a.safetensors": 2 << 30, "b.safetensors": (2 << 30) + 1024, "paper.pdf": 9 << 30}
+    """Two shards of 2 GiB, of which half of one lies there; pictures and copies of the weights are not fetched."""
+    shards = {"a.safetensors": 2 << 30, "b.safetensors": (2 << 30) + 1024}
+    others = ("paper.pdf", "original/model-1.safetensors", "consolidated.00.safetensors", "original/config.json")
+    sizes = {**shards, **dict.fromkeys(others, 9 << 30)}
     files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    fetched: set[str] = set()
     blobs = tmp_path / "models--owner--name" / "blobs"
     blobs.mkdir(parents=True)
     with (blobs / "1").open("wb") as file:
         file.truncate((1 << 30) + 1024)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(siblings=files))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "fetched"))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda _, **patterns: fetched.update(filter_repo_objects(sizes, **patterns)) or str(tmp_path / "fetched"),
+    )
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     if free == 3 << 30:
-        assert resolve("owner/name") == tmp_path / "fetched"
+        assert resolve("owner/name") == tmp_path / "fetched" and fetched == shards.keys()
     else:
         with pytest.raises(CheckpointError, match=r"needs 3.00 GiB more") as caught:
             resolve("owner/name")
         one_line(caught, "owner/name")
+
+
+@pytest.mark.parametrize("there,refused", [("nothing", True), ("all of it", False)])
+def test_what_is_packed_beside_it_wants_room_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, refused: bool
+) -> None:
+    """A billion weights in 2 GB, for which 2.2 GB are free; what lies there already is packed without a word."""
+    files = [SimpleNamespace(rfilename="model.safetensors", size=2 * 10**9)]
+    info = SimpleNamespace(siblings=files, safetensors=SimpleNamespace(total=10**9))
+    blobs = tmp_path / "models--owner--name" / "blobs"
+    blobs.mkdir(parents=True)
+    if there == "all of it":
+        with (blobs / "1").open("wb") as file:
+            file.truncate(2 * 10**9)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "fetched"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=22 * 10**8))
+    assert resolve("owner/name") == resolve("owner/name", tmp_path / "m", 1) == tmp_path / "fetched"
+    if not refused:
+        assert resolve("owner/name", tmp_path / "m", 4) == tmp_path / "fetched"
+        return
+    with pytest.raises(CheckpointError) as caught:
+        pack("owner/name", tmp_path / "m")
+    one_line(caught, "owner/name", "about 477 MiB")
+    monkeypatch.setattr("greenroom.checkpoint.source._same_disk", lambda *_: False)
+    assert resolve("owner/name", tmp_path / "m", 4) == tmp_path / "fetched"
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

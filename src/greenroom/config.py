@@ -1,6 +1,8 @@
 """Settings as frozen dataclasses; bad values raise ConfigError when they are made. No I/O."""
 
 import dataclasses
+import numbers
+from typing import Any
 
 from greenroom.errors import ConfigError
 from greenroom.quant import DEFAULT_GROUP_SIZE, Format
@@ -20,8 +22,9 @@ class PackSettings:
 
     def __post_init__(self) -> None:
         for name in ("expert_bits", "attention_bits", "head_bits"):
-            if getattr(self, name) not in _BITS:
-                raise ConfigError(f"{name} must be one of 2, 3, 4, 8, 16, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if type(value) is not int or value not in _BITS:
+                raise ConfigError(f"{name} must be one of 2, 3, 4, 8, 16, not {value!r}")
         if self.group_size is None:
             object.__setattr__(self, "group_size", DEFAULT_GROUP_SIZE[self.expert_bits])
         Format.of(self.expert_bits, self.group_size)  # refuses a group size that cannot be
@@ -29,6 +32,11 @@ class PackSettings:
     def format(self, bits: int, dtype: str, group_size: "int | None" = None) -> Format:
         """The format of one weight; `dtype` is its 16-bit dtype, "bfloat16" or "float16", and matters at 16 bits."""
         return Format.of(bits, group_size) if bits < 16 else Format(bits=16, group_size=0, dtype=dtype)
+
+    @property
+    def bits_per_weight(self) -> int:
+        """The fewest bits that any weight gets, scales left out: what a packed model takes at least."""
+        return min(self.expert_bits, self.attention_bits, self.head_bits)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,9 +78,11 @@ class EngineSettings:
     def __post_init__(self) -> None:
         _at_least(1, ram=self.ram, vram=self.vram, staging=self.staging, lookahead=self.lookahead, context=self.context)
         _at_least(1, prompt_chunk=self.prompt_chunk, readers=self.readers)
-        if self.dtype is not None and self.dtype not in _DTYPES:
+        if self.dtype is not None and self.dtype not in list(_DTYPES):
             raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {self.dtype}")
-        if self.activation_bits not in (8, 16):
+        if not isinstance(self.policy, str):
+            raise ConfigError(f"policy must be a name such as learned or lru, not {self.policy!r}")
+        if not _is_whole(self.activation_bits) or self.activation_bits not in (8, 16):
             raise ConfigError(f"activation_bits must be 8 or 16, not {self.activation_bits!r}")
         _at_least(
             0,
@@ -90,5 +100,13 @@ class EngineSettings:
 
 def _at_least(least: int, **values: "int | None") -> None:
     for name, value in values.items():
-        if value is not None and value < least:
+        if value is None:
+            continue
+        if not _is_whole(value):
+            raise ConfigError(f"{name} must be a whole number, not {value!r}")
+        if value < least:
             raise ConfigError(f"{name} must be at least {least}, not {value}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

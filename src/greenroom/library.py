@@ -5,9 +5,11 @@ the cache folder, by a child process: its memory is gone when the model runs.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,14 +31,15 @@ DEMO_EXPERT_SHARE = 3
 
 _DEMO_BITS = {"expert_bits": 4, "attention_bits": 8, "head_bits": 8, "group_size": 32}
 _DEFAULT_BITS = {"expert_bits": 4, "attention_bits": 16, "head_bits": 8}
+_PR_SET_PDEATHSIG = 1
 
 
 def find(model: "str | Path", vram: "int | str | None" = None, **bits: "int | None") -> Path:
     """The packed folder of `model`, packing it into the cache on first use.
 
     `vram`: what it is to have of a GPU's memory, which is looked for before anything is fetched or packed. `bits`:
-    expert_bits, attention_bits, head_bits, group_size; None takes the default. Raises ConfigError where there is no GPU
-    or a packed folder is asked for other bits than it has, and what packing raises.
+    expert_bits, attention_bits, head_bits, group_size; None takes the default. Raises ConfigError where there is no
+    GPU, for bits that cannot be or that a packed folder does not have, and what packing raises.
     """
     target, settings = place(model, bits)
     if not (target / "greenroom.json").is_file():
@@ -54,12 +57,17 @@ def is_demo(model: "str | Path") -> bool:
 
 
 def settled_bits(model: "str | Path", bits: "dict[str, int | None]") -> "dict[str, int]":
-    """The bits a model is packed with: those given, else its defaults. The demo's weights come in groups of 32."""
+    """The bits a model is packed with: those given, else its defaults. The demo's weights come in groups of 32.
+
+    Raises ConfigError for bits that cannot be.
+    """
+    from greenroom.config import PackSettings
+
     given = {name: value for name, value in bits.items() if value is not None}
     settings = {**(_DEMO_BITS if is_demo(model) else _DEFAULT_BITS), **given}
     if settings["expert_bits"] == 16 and "group_size" not in given:
         settings.pop("group_size", None)  # 16 bits have no groups
-    return settings
+    return dataclasses.asdict(PackSettings(**settings))
 
 
 def place(model: "str | Path", bits: "dict[str, int | None]") -> "tuple[Path, dict[str, int]]":
@@ -84,19 +92,24 @@ def _check_bits(folder: Path, given: "dict[str, int]") -> None:
 
 def _cache_name(model: str, source: Path, settings: "dict[str, int]", demo: bool) -> str:
     """A readable folder name that changes when the source's files do."""
-    identity = (
-        ""
-        if demo or not source.is_dir()
-        else str(source.absolute())
-        + str(
-            sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.glob("*.safetensors"))
-        )
-    )
-    digest = "" if not identity else "-" + hashlib.sha256(identity.encode()).hexdigest()[:8]
-    name = model.rstrip("/").replace("/", "--") if not source.is_dir() or demo else source.absolute().name
+    from greenroom.quant import DEFAULT_GROUP_SIZE
+
+    if demo or not source.is_dir():
+        name = model.rstrip("/").replace("/", "--")
+    else:
+        name = f"{source.absolute().name}-{_digest(source)}"
     bits = "e{expert_bits}-a{attention_bits}-h{head_bits}".format(**settings)
-    group = f"-g{settings['group_size']}" if "group_size" in settings else ""
-    return f"{name}{digest}-{bits}{group}"
+    usual = settings["group_size"] == DEFAULT_GROUP_SIZE[settings["expert_bits"]]
+    return f"{name}-{bits}" + ("" if usual else f"-g{settings['group_size']}")
+
+
+def _digest(source: Path) -> str:
+    """Of a checkpoint's place and of the size and time of all files that a packed model is made of."""
+    from greenroom.checkpoint import sidecars
+
+    files = [*(path for path in source.glob("*.safetensors") if path.is_file()), *sidecars(source)]
+    stats = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return hashlib.sha256(f"{source.absolute()}{stats}".encode()).hexdigest()[:8]
 
 
 def _in_child(job: "dict[str, Any]") -> None:
@@ -136,11 +149,18 @@ def _error_of(status: int, out: str) -> GreenroomError:
 
 def _child() -> None:
     """Entry of the child process: the job is the last argument, an error is one JSON line on stdout."""
+    _end_with_parent()
     try:
         _build(**json.loads(sys.argv[-1]))
     except GreenroomError as error:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         sys.exit(2)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent is gone, however that ended (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _build(source: str, target: str, demo: bool, settings: "dict[str, int]") -> None:
@@ -165,6 +185,8 @@ def engine_settings(
     *, ram: "int | str | None" = None, vram: "int | str | None" = None, device: "str | None" = None, **others: Any
 ) -> "EngineSettings":
     """The engine's settings, sizes as texts or bytes; `others` as in EngineSettings. Raises ConfigError."""
+    from greenroom import planner
+    from greenroom.cache import POLICIES
     from greenroom.config import EngineSettings
     from greenroom.sizes import parse_bytes
 
@@ -173,7 +195,9 @@ def engine_settings(
     if (device == "cpu" and vram is not None) or (device == "cuda" and vram is None):
         raise ConfigError("device cuda goes with a size for vram, and device cpu without: give vram alone, or ram")
     sizes = [None if size is None else parse_bytes(size) for size in (ram, vram)]
-    return EngineSettings(ram=sizes[0], vram=sizes[1], **others)
+    settings = EngineSettings(ram=sizes[0], vram=sizes[1], **others)
+    planner.check_policy(settings.policy, sorted(POLICIES))
+    return settings
 
 
 def with_demo_share(settings: "EngineSettings", manifest: "Manifest") -> "EngineSettings":
@@ -255,7 +279,9 @@ def load(
     invariants.
 
     The model is a usual one: `generate`, past key values, padding, streamers, stopping criteria. `model.greenroom` is
-    its engine: `.plan`, `.metrics()`, `.close()`.
+    its engine: `.plan`, `.metrics()`, `.close()`, and a context manager. Several threads may call the model, one after
+    another. torch computes on one thread in this process until it is closed: the compiled kernels have the others.
+    Prompts are read in pieces, so that `ram` is kept, but not with `use_cache=False`.
 
     Raises a GreenroomError: ConfigError, CheckpointError, PackError, PackedModelError, BudgetError or DemoError.
     """
@@ -277,4 +303,5 @@ def load(
     )
     bits = {"expert_bits": expert_bits, "attention_bits": attention_bits, "head_bits": head_bits}
     folder = find(model, vram, **bits, group_size=group_size)
-    return start(model, folder, settings).model, tokenizer_of(folder)
+    tokenizer = tokenizer_of(folder)
+    return start(model, folder, settings).model, tokenizer

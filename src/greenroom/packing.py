@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from greenroom import seam
 from greenroom.buffers import byte_view
-from greenroom.checkpoint import Checkpoint, DenseGroup, resolve
+from greenroom.checkpoint import Checkpoint, DenseGroup, resolve, sidecars
 from greenroom.config import PackSettings
 from greenroom.errors import CheckpointError, ConfigError, PackedModelError, PackError
 from greenroom.machine import free_disk
@@ -34,6 +34,7 @@ from greenroom.packed import (
     RecordTensor,
     TensorEntry,
     header_of,
+    locked,
     replace_text,
     write_file,
 )
@@ -46,7 +47,6 @@ _SAFETENSORS_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.bool: "BOOL", torch.uint8: "U8",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
 }  # fmt: skip
-_SIDECARS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,13 +97,14 @@ def pack(
     `group_size` is the experts' (default: the paper's for their bits). Routers, norms and embeddings stay 16-bit.
     A killed run resumes and ends with the same bytes. `dst` holds a readable model only when all is written.
 
-    Raises ConfigError, CheckpointError, UnsupportedModelError or PackError (disk space, interrupted, other settings).
+    Raises ConfigError, CheckpointError, UnsupportedModelError or PackError (disk space, interrupted, other settings,
+    another process packs into `dst`).
     """
     settings = PackSettings(
         expert_bits=expert_bits, attention_bits=attention_bits, head_bits=head_bits, group_size=group_size
     )
     dst = Path(dst)
-    checkpoint = Checkpoint(resolve(src))
+    checkpoint = Checkpoint(resolve(src, dst, settings.bits_per_weight))
     with checkpoint.shards:
         try:
             return _Packing(checkpoint, dst, settings).run()
@@ -135,18 +136,25 @@ class _Packing:
         self.source = {"fingerprint": fingerprint(checkpoint)}
 
     def run(self) -> PackedModel:
-        plan = json.dumps([self.source, dataclasses.asdict(self.settings)], sort_keys=True)
-        if (self.dst / MANIFEST_NAME).is_file():
-            return self._already_packed()
-        resumable = not self.dst.exists() or Journal.path_in(self.dst).is_file()
-        if not resumable and not (self.dst.is_dir() and Journal.may_start_in(self.dst)):
+        if not self.dst.exists():
+            self._check_space({})
+            self._make_folder()
+        elif not self.dst.is_dir():
             raise PackError(f"{self.dst} exists and is no packed model: choose another folder")
-        journal = Journal(self.dst, plan)
-        self._check_space(journal)
+        with locked(self.dst):
+            return self._already_packed() if (self.dst / MANIFEST_NAME).is_file() else self._write()
+
+    def _make_folder(self) -> None:
         try:
             self.dst.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PackError(f"cannot make {self.dst} ({error.strerror or error}): choose another folder") from error
+
+    def _write(self) -> PackedModel:
+        if not Journal.path_in(self.dst).is_file() and not Journal.may_start_in(self.dst):
+            raise PackError(f"{self.dst} exists and is no packed model: choose another folder")
+        journal = Journal(self.dst, json.dumps([self.source, dataclasses.asdict(self.settings)], sort_keys=True))
+        self._check_space(journal.done)
         journal.start()
         with Progress("packing", self.checkpoint.nbytes) as progress:
             for file in self.files:
@@ -168,8 +176,8 @@ class _Packing:
         Journal.path_in(self.dst).unlink(missing_ok=True)  # a kill may have come between the manifest and this
         return packed
 
-    def _check_space(self, journal: Journal) -> None:
-        needed = sum(file.nbytes for file in self.files if file.name not in journal.done)
+    def _check_space(self, done: "Collection[str]") -> None:
+        needed = sum(file.nbytes for file in self.files if file.name not in done)
         free = free_disk(self.dst)
         if needed > free:
             raise PackError(
@@ -251,17 +259,15 @@ class _Packing:
 
     def _copy_sidecars(self) -> "dict[str, int]":
         copied = {}
-        for pattern in _SIDECARS:
-            for path in sorted(self.checkpoint.folder.glob(pattern)):
-                own = path.name in (MANIFEST_NAME, Journal.path_in(self.dst).name)
-                if path.name.endswith(".index.json") or own or not path.is_file():
-                    continue
-                try:
-                    shutil.copyfile(path, self.dst / path.name)
-                except OSError as error:
-                    reason = f"{path} cannot be copied to {self.dst} ({error.strerror or error})"
-                    raise PackError(f"{reason}: make room and run the same command again") from error
-                copied[path.name] = zlib.crc32(path.read_bytes())
+        for path in sidecars(self.checkpoint.folder):
+            if path.name in (MANIFEST_NAME, Journal.path_in(self.dst).name):
+                continue
+            try:
+                shutil.copyfile(path, self.dst / path.name)
+            except OSError as error:
+                reason = f"{path} cannot be copied to {self.dst} ({error.strerror or error})"
+                raise PackError(f"{reason}: make room and run the same command again") from error
+            copied[path.name] = zlib.crc32(path.read_bytes())
         return copied
 
     def manifest(self, done: "dict[str, list[int]]", sidecars: "dict[str, int]") -> Manifest:

@@ -226,7 +226,7 @@ def _slots(plan: Plan, settings: EngineSettings) -> int:
             + (
                 f" or fewer experts per layer ({max(room, 0) // len(plan.experts)} fit)"
                 if asked
-                else " or pack fewer bits"
+                else " or pack fewer bits" * (plan.budget > plan.runtime)
             )
         )
     return min(wanted, room)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import signal
 import sys
 from collections.abc import Iterator
@@ -35,11 +36,12 @@ def execute(options: argparse.Namespace) -> int:
     from greenroom.cli import generation
 
     generation.check_sampling(options)
+    settings = shared.settings_of(options, context=4096)
     folder = library.find(options.model, options.vram, **shared.bits_of(options))
     tokenizer = library.tokenizer_of(folder)
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"{options.model} has no chat template: use greenroom run")
-    engine = library.start(options.model, folder, shared.settings_of(options, context=4096))
+    engine = library.start(options.model, folder, settings)
     receipt.show(engine.packed)
     print(_HELP, file=sys.stderr)
     try:
@@ -80,9 +82,13 @@ class _Conversation:
         self._cached: list[int] = []
 
     def _read(self) -> "str | None":
+        from greenroom.cli import generation
+
         while True:
             try:
-                line = input("> " if sys.stdin.isatty() else "").strip()
+                with generation.reading_stdin():
+                    line = input("> " if sys.stdin.isatty() else "").strip()
+                generation.check_text(line)
             except EOFError:
                 return None
             except KeyboardInterrupt:  # at the prompt it clears the line
@@ -104,7 +110,7 @@ class _Conversation:
         self._messages.append({"role": "user", "content": line})
         inputs = generation.encode(self._tokenizer, self._messages)
         ids = inputs["input_ids"][0].tolist()
-        kept = {"past_key_values": self._cache} if self._continues(ids) else {}
+        kept = {"past_key_values": self._cache} if self._continues(ids) or self._goes_back(ids) else {}
         stop = transformers.StoppingCriteriaList([lambda *_: self._stop])
         with self._interruptible():
             answer = generation.answer(
@@ -117,6 +123,7 @@ class _Conversation:
             )
         self._cache, self._cached = answer.cache, ids + answer.token_ids[:-1]
         self._messages.append({"role": "assistant", "content": answer.text})
+        generation.tell_if_cut(answer)
         self._last = answer.report()
         if self._options.stats:
             self._show()
@@ -127,6 +134,18 @@ class _Conversation:
         if self._cache is None or length >= len(ids) or ids[:length] != self._cached:
             return False
         return int(self._cache.get_seq_length()) == length
+
+    def _goes_back(self, ids: "list[int]") -> bool:
+        """Crop the cache to what it shares with `ids`; whether it could be, and begins with them now.
+
+        Templates rewrite what was said, e.g. drop earlier thinking. At least one token is left to feed.
+        """
+        both = zip(self._cached, ids[:-1], strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+        if not common or not _can_be_cropped(self._cache) or self._cache.get_seq_length() != len(self._cached):
+            return False
+        self._cache.crop(common - len(self._cached))
+        return int(self._cache.get_seq_length()) == common
 
     @contextlib.contextmanager
     def _interruptible(self) -> "Iterator[None]":
@@ -143,3 +162,14 @@ class _Conversation:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+def _can_be_cropped(cache: Any) -> bool:
+    """Whether all of its layers hold every position and nothing else: no window, no state that runs on."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    from greenroom.decode.kv import HalfDynamicLayer
+    from greenroom.static_kv import StaticDynamicLayer
+
+    kinds = (DynamicLayer, HalfDynamicLayer, StaticDynamicLayer)
+    return type(cache) is DynamicCache and not cache.offloading and all(type(layer) in kinds for layer in cache.layers)

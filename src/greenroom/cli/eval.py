@@ -70,6 +70,7 @@ def execute(options: argparse.Namespace) -> int:
         raise ConfigError("--dtype is of activations, not of weights: leave it out with --grid and --receipt")
     if options.grid:
         grid.check(options)
+    settings = shared.settings_of(options, context=1)
     text = read_text(options.text)
     original = original_of(options)
     if options.grid:
@@ -79,7 +80,7 @@ def execute(options: argparse.Namespace) -> int:
         options.model,
         folder,
         text,
-        shared.settings_of(options, context=1),
+        settings,
         original=original,
         context=options.context,
         stride=options.stride,

@@ -1,10 +1,12 @@
 """Generate and stream an answer, with the figures that `--stats` and `--json` show."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from greenroom.errors import ConfigError, PackedModelError
@@ -27,6 +29,8 @@ class Answer:
     text: str
     prompt_tokens: int
     token_ids: "list[int]"
+    cut_at: "int | None"
+    """--max-new-tokens, where the answer ended for them alone"""
     ttft_s: float
     decode_s: float
     kernel: str
@@ -110,6 +114,7 @@ def answer(
         text=tokenizer.decode(ids, skip_special_tokens=True),
         prompt_tokens=prompt_tokens,
         token_ids=ids,
+        cut_at=options.max_new_tokens if _is_cut(engine, ids, options.max_new_tokens) else None,
         ttft_s=first_s - start_s,
         decode_s=end_s - first_s,
         kernel=engine.kernel,
@@ -124,8 +129,40 @@ def answer(
     )
 
 
+def _is_cut(engine: "Engine", ids: "list[int]", most: int) -> bool:
+    """Whether there are as many tokens as were allowed and the last of them ends nothing."""
+    ends = engine.model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return len(ids) >= most and ids[-1] not in ends
+
+
+def tell_if_cut(answer: Answer) -> None:
+    """Say on stderr that there would have been more."""
+    if answer.cut_at is not None:
+        print(f"greenroom: the answer was cut at --max-new-tokens {answer.cut_at}", file=sys.stderr)
+
+
+def check_text(text: str) -> None:
+    """Refuse a prompt with bytes that are no text, which Python passes on as lone surrogates. Raises ConfigError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("the prompt is no UTF-8: convert it, e.g. with iconv") from None
+
+
+@contextlib.contextmanager
+def reading_stdin() -> "Iterator[None]":
+    """Raises ConfigError where stdin is no text."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"stdin is no {error.encoding} ({error.reason}): convert it, e.g. with iconv") from None
+
+
 def check_sampling(options: argparse.Namespace) -> None:
     """Refuse settings that cannot be."""
+    if not -(1 << 63) <= options.seed < 1 << 64:
+        raise ConfigError(f"--seed must be from -2^63 to 2^64 - 1, not {options.seed}")
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
     if options.temperature < 0:

@@ -1,6 +1,7 @@
 """Parse, dispatch, and turn what a user can act on into one line and exit code 2."""
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -21,6 +22,12 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def _replace_what_stdout_lacks() -> None:
+    """An answer's characters that the terminal's encoding does not have become question marks."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
+
+
 def main(arguments: "Sequence[str] | None" = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what a user can act on, 130 after Ctrl-C."""
     parser = _Parser(prog="greenroom", description="Run Mixture-of-Experts models that are bigger than your memory.")
@@ -29,6 +36,7 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
     for command in _COMMANDS:
         command.add(commands)
     options = parser.parse_args(arguments)
+    _replace_what_stdout_lacks()
     try:
         code: int = options.execute(options)
         sys.stdout.flush()

@@ -79,7 +79,10 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 
 
 def settings_of(options: argparse.Namespace, context: int) -> "EngineSettings":
-    """The memory flags for the engine, with room for `context` tokens unless --context says otherwise."""
+    """The memory flags for the engine, with room for `context` tokens unless --context says otherwise.
+
+    Raises ConfigError for what cannot be: call it before anything is fetched or packed.
+    """
     return engine_settings(
         ram=options.ram,
         vram=options.vram,

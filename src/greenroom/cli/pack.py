@@ -31,6 +31,7 @@ def execute(options: argparse.Namespace) -> int:
     """Pack."""
     from greenroom import library
     from greenroom.checkpoint import resolve
+    from greenroom.config import PackSettings
     from greenroom.evaluate import windows_of
     from greenroom.packing import pack
 
@@ -38,7 +39,10 @@ def execute(options: argparse.Namespace) -> int:
         raise ConfigError("--windows goes with --receipt: give a text to measure on")
     bits = library.settled_bits(options.source, shared.bits_of(options))
     text = None if options.receipt is None else read_text(options.receipt)
-    source = library.demo_checkpoint() if library.is_demo(options.source) else resolve(options.source)
+    if library.is_demo(options.source):
+        source = library.demo_checkpoint()
+    else:
+        source = resolve(options.source, Path(options.target), PackSettings(**bits).bits_per_weight)
     if text is not None:
         windows_of(source, text, most=options.windows)  # refuses what cannot be measured before hours of packing
     packed = pack(source, options.target, **bits)

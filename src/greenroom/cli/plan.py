@@ -29,18 +29,16 @@ def add(commands: Any) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Print the plan; exit code 2 where the budget cannot hold the model."""
     from greenroom import library, planner, probe, seam
-    from greenroom.cache import POLICIES
     from greenroom.history import History
     from greenroom.machine import available_memory
     from greenroom.metrics import process_memory
 
+    settings = shared.settings_of(options, context=2048)
     manifest, config_folder, weights = _describe(options)
     config = seam.load_config(config_folder)
     runtime = process_memory()["anonymous"]
-    settings = shared.settings_of(options, context=2048)
     if library.is_demo(options.model):
         settings = library.with_demo_share(settings, manifest)
-    planner.check_policy(settings.policy, sorted(POLICIES))
     free = available_memory()
     budget = planner.budget_of(settings, runtime, free)
     gains = History(manifest).gains()
@@ -84,8 +82,10 @@ def execute(options: argparse.Namespace) -> int:
         "what_if": [outlook(planner.allot(plan, slots, divided)) for slots in _others(plan)],
     }
     print("\n".join([*_table(options.model, manifest, plan, free), *_outlook(plan, speed), *_quality(manifest)]))
-    if settings.ram is not None and settings.ram > runtime + free:
-        print(f"only {format_bytes(runtime + free)} are free now: with --ram {options.ram} this machine may run out")
+    if max(plan.total, settings.ram or 0) > runtime + free:
+        flag = "experts-per-layer" if settings.ram is None else "ram"
+        value = settings.experts_per_layer if settings.ram is None else options.ram
+        print(f"only {format_bytes(runtime + free)} are free now: with --{flag} {value} this machine may run out")
     if options.json:
         shared.print_json({**_report(plan, free), **speed, "receipt": receipt.fields(manifest.receipt)})
     return 0

@@ -27,10 +27,15 @@ def execute(options: argparse.Namespace) -> int:
     from greenroom import library
     from greenroom.cli import generation
 
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = options.prompt
+    if prompt == "-":
+        with generation.reading_stdin():
+            prompt = sys.stdin.read()
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
+    generation.check_text(prompt)
     generation.check_sampling(options)
+    shared.settings_of(options, context=1)  # a wrong flag is refused now, not after hours of packing
     folder = library.find(options.model, options.vram, **shared.bits_of(options))
     tokenizer = library.tokenizer_of(folder)
     if tokenizer is None:
@@ -40,9 +45,11 @@ def execute(options: argparse.Namespace) -> int:
     context = inputs["input_ids"].shape[1] + options.max_new_tokens
     engine = library.start(options.model, folder, shared.settings_of(options, context))
     try:
-        report = generation.answer(engine, tokenizer, inputs, options).report()
+        answer = generation.answer(engine, tokenizer, inputs, options)
+        report = answer.report()
     finally:
         engine.close()
+    generation.tell_if_cut(answer)
     report["receipt"] = receipt.fields(engine.packed.manifest.receipt)
     if options.stats:
         generation.show_stats(report)

@@ -94,6 +94,7 @@ def _record(options: argparse.Namespace) -> "dict[str, Any]":
     if options.vram is not None:
         raise ConfigError("trace records on the CPU: leave --vram out, routing is the same there")
     prompts = read_prompts(Path(options.prompts))
+    shared.settings_of(options, context=1)  # a wrong flag is refused now, not after hours of packing
     folder = library.find(options.model, **shared.bits_of(options))
     tokenizer = library.tokenizer_of(folder)
     if tokenizer is None:

@@ -12,7 +12,7 @@ from greenroom.sizes import format_bytes
 def add(commands: Any) -> None:
     """Register the command."""
     parser: argparse.ArgumentParser = commands.add_parser("verify", help="check every record of a packed model")
-    parser.add_argument("model", help="a packed folder, or demo")
+    parser.add_argument("model", help="a packed folder, or what was packed to the cache")
     shared.add_bits(parser)
     shared.add_common(parser)
     parser.set_defaults(execute=execute)
@@ -20,12 +20,10 @@ def add(commands: Any) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Read everything; exit code 2 and a line per damaged record if anything is wrong."""
-    from greenroom import library
     from greenroom.packed import PackedModel
     from greenroom.progress import Progress
 
-    path = Path(options.model).expanduser()
-    folder = path if path.is_dir() else library.find(options.model, **shared.bits_of(options))
+    folder = _folder(options)
     packed = PackedModel(folder)
     with Progress("verifying", packed.nbytes) as progress:
         damaged = packed.verify(progress)
@@ -37,3 +35,16 @@ def execute(options: argparse.Namespace) -> int:
     if options.json:
         shared.print_json({"ok": not damaged, "damaged": damaged, "experts": records, "nbytes": packed.nbytes})
     return 2 if damaged else 0
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    """The packed folder that is named, or what a checkpoint's folder, a hub id or the demo is packed to."""
+    from greenroom import library
+
+    path, bits = Path(options.model).expanduser(), shared.bits_of(options)
+    if not path.is_dir():
+        return library.find(options.model, **bits)
+    if not (path / "greenroom.json").is_file():
+        cached, _ = library.place(path, bits)
+        return cached if (cached / "greenroom.json").is_file() else path
+    return path

@@ -1,10 +1,11 @@
 """The packed model on disk: docs/format.md in code.
 
 Covers: the manifest (`manifest`) and the receipt in it (`receipt`), writing files so that a kill loses at most one of
-them (`writer`), reading and verifying them (`reader`). Does not cover: what the bytes of a record mean (see
-`greenroom.quant`), which experts deserve memory.
+them (`writer`), one writer at a time (`lock`), reading and verifying them (`reader`). Does not cover: what the bytes of
+a record mean (see `greenroom.quant`), which experts deserve memory.
 """
 
+from greenroom.packed.lock import locked
 from greenroom.packed.manifest import (
     MANIFEST_NAME,
     RECORD_ALIGNMENT,
@@ -35,6 +36,7 @@ __all__ = [
     "TensorEntry",
     "check_bytes",
     "header_of",
+    "locked",
     "replace_text",
     "write_file",
 ]
