@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from transformers import MixtralForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from greenroom.cache import POLICIES, ExpertCache, replay
+from greenroom import dropped, threads
+from greenroom.cache import POLICIES, ExpertCache, Load, replay
 from greenroom.config import EngineSettings
 from greenroom.engine import Engine
 from greenroom.errors import BudgetError, ConfigError
@@ -607,8 +608,11 @@ def interrupted_once(function: Any) -> Any:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No other test's engine runs."""
+    """No other test's engine runs, or is dropped meanwhile."""
+    gc.collect()
+    dropped.stop_all()
     monkeypatch.setattr("greenroom.engine._RUNNING", weakref.WeakSet())
+    monkeypatch.setattr(threads, "_users", 0)
 
 
 @pytest.mark.usefixtures("alone")
@@ -639,9 +643,69 @@ def test_a_model_that_is_dropped_stops_its_threads(packed4: PackedModel) -> None
     engine = Engine(packed4, EngineSettings(experts_per_layer=2, context=16))
     engine.model.generate(torch.arange(4, 9)[None], max_new_tokens=2)
     assert readers() > before
+    gone = weakref.ref(engine)
     del engine
     gc.collect()
-    assert readers() == before
+    dropped.stop_all()
+    assert gone() is None and readers() == before
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_next_model_stops_those_that_were_dropped(packed4: PackedModel) -> None:
+    """Python collects what lies in cycles too rarely."""
+    before, gone = threading.active_count(), []
+    gc.disable()
+    try:
+        for _ in range(3):
+            engine = Engine(packed4, EngineSettings(experts_per_layer=2, context=16))
+            engine.model.generate(torch.arange(4, 9)[None], max_new_tokens=2)
+            gone.append(weakref.ref(engine))
+            running = threading.active_count()
+            del engine
+        assert [ref() is None for ref in gone] == [True, True, False]
+        assert running - before <= 5, "four readers, and the thread that stops them"
+    finally:
+        gc.enable()
+        gc.collect()
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_fails_to_start_leaves_nothing(packed4: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, files = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(BudgetError):
+            Engine(packed4, EngineSettings(ram=1 << 20))
+        with monkeypatch.context() as patch:
+            patch.setattr("greenroom.engine.DecodeStep", None)
+            with pytest.raises(TypeError):
+                Engine(packed4, EngineSettings(experts_per_layer=2, context=16))
+        assert torch.get_num_threads() == 2 and threading.active_count() == before
+        gc.collect()  # embeddings stay mapped while the error's frames are kept
+        assert len(list(Path("/proc/self/fd").iterdir())) == files
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_collector_may_run_in_a_reader(packed4: PackedModel) -> None:
+    """Which cannot wait for itself."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Collecting(DiskStore):
+        def check(self, layer: int, expert: int, record: memoryview) -> None:
+            inside.set()
+            assert go_on.wait(20)
+            gc.collect()
+
+    engine = Engine(packed4, EngineSettings(experts_per_layer=2, context=16), store=Collecting(packed4))
+    transfer, gone = engine._transfer, weakref.ref(engine)
+    transfer.start(Load((0, 0), 0, True))
+    assert inside.wait(20)
+    del engine
+    go_on.set()
+    for thread in transfer._threads:
+        thread.join(20)
+    assert gone() is None and not any(thread.is_alive() for thread in transfer._threads)
 
 
 @pytest.mark.usefixtures("alone")

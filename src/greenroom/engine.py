@@ -1,7 +1,9 @@
 """The composition root: the only place that constructs store, cache, transfer, prefetcher, runner and model."""
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import random
 import statistics
 import weakref
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-from greenroom import kernels, planner, seam, threads
+from greenroom import dropped, kernels, planner, seam, threads
 from greenroom.cache import POLICIES, EvictionPolicy, ExpertCache, VictimCache
 from greenroom.cache.curve import MissRatioCurve
 from greenroom.config import EngineSettings
@@ -41,11 +43,10 @@ _RUNNING: "weakref.WeakSet[Engine]" = weakref.WeakSet()
 
 
 def _stop(transfer: "Transfer | TierTransfer", store: Store) -> None:
-    """Stop an engine's threads and close its files, also where somebody drops it without a word."""
+    """Stop an engine's threads and close its files."""
     transfer.close()
     store.close()
-    if not list(_RUNNING):
-        threads.give_back()
+    threads.give_back()
 
 
 class Engine:
@@ -68,10 +69,31 @@ class Engine:
     ) -> None:
         self._policy_name = planner.check_policy(settings.policy, sorted(POLICIES))
         self.packed, self.settings = packed, settings
+        if list(_RUNNING):  # what somebody dropped lies in cycles, and its slots in memory
+            gc.collect()
+            dropped.stop_all()
         self.device = None if settings.vram is None else device or find_gpu()
         place = torch.float32 if self.device is None else self.device.dtype
         dtype = place if settings.dtype is None else getattr(torch, settings.dtype)
-        threads.take_over()
+        with contextlib.ExitStack() as undo:
+            threads.take_over()
+            undo.callback(threads.give_back)
+            self._start(dtype, history, store, shuffle, slots_kernel, undo)
+            undo.pop_all()
+        self._dropped = dropped.when_dropped(self, functools.partial(_stop, self._transfer, self._store))
+        _RUNNING.add(self)
+
+    def _start(
+        self,
+        dtype: torch.dtype,
+        history: "History | None",
+        store: "Store | None",
+        shuffle: "random.Random | None",
+        slots_kernel: "over_slots.SlotsKernel | None",
+        undo: contextlib.ExitStack,
+    ) -> None:
+        """Make the model and what serves it; `undo` is called back where that fails."""
+        packed, settings = self.packed, self.settings
         self.kernel = kernels.describe(dtype) if self.device is None else over_slots.describe(self.device.place)
         """which kernel computes, for people"""
         config = seam.load_config(packed.folder)
@@ -90,12 +112,14 @@ class Engine:
         self._history = history
         self.model: Any = build(packed, config, dtype, self._serve)
         self._store = store if store is not None else DiskStore(packed)
+        undo.callback(self._store.close)
         self._shuffle = shuffle.shuffle if shuffle else None
         self.curve = MissRatioCurve(len(packed.manifest.experts))
         """LRU's hit rates for every number of slots, estimated while tokens are decoded"""
         rough = settings.activation_bits == 8
         self._experts = functools.partial(kernels.experts, rough=rough)
         self.runner = self._on_cpu() if self.device is None else self._on_device(self.device, slots_kernel)
+        undo.callback(self._transfer.close)
         self.decode = DecodeStep(self.model.base_model, self.runner.token, self.runner, rough)
         self.steps: LayerSteps | None = None
         self.around: TokenModel | None = None
@@ -113,9 +137,6 @@ class Engine:
         self.model.greenroom = self
         seam.load_generation_config(self.model, packed.folder)
         keep_from_copies(self.model, packed.folder)
-        self._stop = weakref.finalize(self, _stop, self._transfer, self._store)
-        self._stop.atexit = False  # reads under way need not hold up an exit
-        _RUNNING.add(self)
 
     def __enter__(self) -> "Engine":
         return self
@@ -131,8 +152,10 @@ class Engine:
     def _look(self) -> None:
         """Forget what was made of the model's modules, where somebody has changed them since."""
         if not self._identity.holds():
+            self.runner.forget()
             self.decode.forget()
             self._forget_captured()
+            self.prompts.forget()
             self._identity = Identity(self.model.base_model)
 
     def _forget_captured(self) -> None:
@@ -281,7 +304,8 @@ class Engine:
         self._history = None
         self._forget_captured()
         _RUNNING.discard(self)
-        self._stop()
+        if self._dropped.detach():
+            _stop(self._transfer, self._store)
         if self.device is not None:
             self.device.close()
             self.device.trim()

@@ -9,8 +9,13 @@ class Hooks:
     """Forward hooks of a module and all in it: true while somebody looks on."""
 
     def __init__(self, module: nn.Module) -> None:
-        # torch fills and empties these in place, so that they need to be looked for once
-        self._tables = [hooks for one in module.modules() for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+        self._module = module
+        self.renew()
+
+    def renew(self) -> None:
+        """Look for modules anew: torch fills and empties their tables in place, but modules may be replaced."""
+        modules = self._module.modules()
+        self._tables = [hooks for one in modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
 
     def __bool__(self) -> bool:
         if not any(self._tables):  # the usual case, asked at every token

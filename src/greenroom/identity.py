@@ -14,9 +14,10 @@ class _Seen(NamedTuple):
     forward: Any
     """its own, where somebody gave it one"""
     plain: "dict[str, Any]"
-    """its numbers and texts"""
+    """its numbers, texts and functions"""
     tensors: "tuple[torch.Tensor, ...]"
-    versions: "tuple[int, ...]"
+    written: "tuple[tuple[int, int], ...]"
+    """(where a tensor lies, how often it was written to): what is written to its `data` leaves no trace"""
 
     def equals(self, other: "_Seen") -> bool:
         """Whether nothing was replaced, set or written."""
@@ -24,7 +25,7 @@ class _Seen(NamedTuple):
             self.module is other.module
             and self.forward is other.forward
             and self.plain == other.plain
-            and self.versions == other.versions
+            and self.written == other.written
             and all(map(operator.is_, self.tensors, other.tensors))
         )
 
@@ -54,8 +55,12 @@ def _see(module: nn.Module) -> _Seen:
     return _Seen(
         module=module,
         forward=own.get("forward"),
-        plain={name: one for name, one in own.items() if name[0] != "_" and isinstance(one, bool | int | float | str)},
+        plain={name: one for name, one in own.items() if _is_plain(one) and (name[0] != "_" or callable(one))},
         tensors=tensors,
-        # tensors made in inference mode have no version
-        versions=tuple(0 if one.is_inference() else one._version for one in tensors),
+        # tensors made in inference mode do not count
+        written=tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors),
     )
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str) or callable(value)

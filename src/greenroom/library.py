@@ -104,12 +104,15 @@ def _cache_name(model: str, source: Path, settings: "dict[str, int]", demo: bool
 
 
 def _digest(source: Path) -> str:
-    """Of a checkpoint's place and of the size and time of all files that a packed model is made of."""
+    """Of a checkpoint's place, the size and time of its weights and what its small files say."""
     from greenroom.checkpoint import sidecars
 
-    files = [*(path for path in source.glob("*.safetensors") if path.is_file()), *sidecars(source)]
-    stats = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    return hashlib.sha256(f"{source.absolute()}{stats}".encode()).hexdigest()[:8]
+    shards = [path for path in source.glob("*.safetensors") if path.is_file()]
+    stats = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards)
+    found = hashlib.sha256(f"{source.absolute()}{stats}".encode())
+    for path in sidecars(source):
+        found.update(f"{path.name}{path.stat().st_size}".encode() + path.read_bytes())
+    return found.hexdigest()[:8]
 
 
 def _in_child(job: "dict[str, Any]") -> None:
@@ -281,7 +284,7 @@ def load(
     The model is a usual one: `generate`, past key values, padding, streamers, stopping criteria. `model.greenroom` is
     its engine: `.plan`, `.metrics()`, `.close()`, and a context manager. Several threads may call the model, one after
     another. torch computes on one thread in this process until it is closed: the compiled kernels have the others.
-    Prompts are read in pieces, so that `ram` is kept, but not with `use_cache=False`.
+    Prompts are read in pieces, so that `ram` is kept, where they are texts without gradients and with a cache.
 
     Raises a GreenroomError: ConfigError, CheckpointError, PackError, PackedModelError, BudgetError or DemoError.
     """

@@ -3,11 +3,13 @@
 How long a piece is depends on the batch alone, so that neither a budget nor what the cache holds changes an answer.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from greenroom.hooks import Hooks
 
@@ -28,13 +30,19 @@ class Prompts:
     def __init__(self, base: Any, most: int, continues: bool, begin: "Callable[[], None]" = lambda: None) -> None:
         self._most, self._continues, self._config, self._begin = most, continues, base.config, begin
         self._forward, self._hooks = base.forward, Hooks(base)
-        self._one_at_a_time = threading.RLock()
+        self._process, self._one_at_a_time = os.getpid(), threading.RLock()
         base.forward = self.forward
+
+    def forget(self) -> None:
+        """Look for hooks anew."""
+        self._hooks.renew()
 
     def forward(self, input_ids: "torch.Tensor | None" = None, *rest: Any, **others: Any) -> Any:
         """As the model's own forward, for one thread at a time: the engine behind it has one state."""
+        if os.getpid() != self._process:  # whoever held it is not in this child
+            self._process, self._one_at_a_time = os.getpid(), threading.RLock()
         with self._one_at_a_time:
-            if input_ids is None or (input_ids.shape[-1] > 1 and not _length(others.get("past_key_values"))):
+            if _begins(input_ids, others.get("past_key_values")):
                 self._begin()
             if rest:
                 return self._forward(input_ids, *rest, **others)
@@ -79,6 +87,13 @@ class Prompts:
         if any(others.get(name) or getattr(self._config, name, False) for name in _LISTS):
             return False
         return all(_of_no_token(value) for name, value in others.items() if name not in _CUT)
+
+
+def _begins(input_ids: "torch.Tensor | None", cache: Any) -> bool:
+    """Whether a sequence does; single tokens are not asked where that would be asking a device."""
+    if input_ids is None or cache is None:
+        return True
+    return (input_ids.shape[-1] > 1 or type(cache) is DynamicCache) and not _length(cache)
 
 
 def _length(cache: Any) -> int:

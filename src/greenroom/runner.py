@@ -145,8 +145,10 @@ class ExpertRunner:
             layers = {module.greenroom_layer: place for place, module in enumerate(modules) if module is not None}
             nowhere = [None if module is None else self._records(module) for module in modules]
             self._places = native.all_records(nowhere), layers
+            counts = [(layer, self._entries[layer].num_experts) for layer in layers]
+            self._cache.moved.update((layer, expert) for layer, count in counts for expert in range(count))
         records, layers = self._places
-        moved = self._cache.moved  # the first time all that has ever come
+        moved = self._cache.moved
         for layer, expert in tuple(moved):
             if layer in layers:
                 buffer = self._cache.there(layer, expert)
@@ -183,6 +185,11 @@ class ExpertRunner:
 
     def _kind(self, layer: int, module: Any) -> str:
         return self._kinds.get(layer) or self._kinds.setdefault(layer, seam.activation_kind(module))
+
+    def forget(self) -> None:
+        """Ask modules anew what their experts compute."""
+        self._kinds.clear()
+        self._places = None
 
     def drain(self) -> None:
         """Wait for what is still being read, for nobody perhaps, so that `metrics` counts all that was started."""

@@ -153,4 +153,5 @@ class Arena:
     def record(self, buffer: int) -> torch.Tensor:
         """A buffer as uint8 [record_nbytes], sharing memory."""
         start = buffer * self.record_nbytes
+        self._touched[buffer] = 1
         return self._tensor[start : start + self.record_nbytes]

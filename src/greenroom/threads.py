@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 _ours = 0
+_users = 0
 
 
 def count() -> int:
@@ -18,17 +19,21 @@ def count() -> int:
 
 
 def take_over() -> None:
-    """Give the threads that torch is set to use to the kernels, and leave torch one."""
-    global _ours
+    """Give the threads that torch is set to use to the kernels, and leave torch one, until `give_back`."""
+    global _ours, _users
+    _users += 1
     if torch.get_num_threads() > 1 or not _ours:
         _ours = torch.get_num_threads()
     torch.set_num_threads(1)
 
 
 def give_back() -> None:
-    """Let torch use the threads again that it was set to use: nothing of ours computes any more."""
-    global _ours
-    if _ours and torch.get_num_threads() == 1:  # or somebody has set it since
+    """As often as `take_over`: let torch use the threads again that it was set to use."""
+    global _ours, _users
+    _users -= 1
+    if _users:
+        return
+    if torch.get_num_threads() == 1:  # or somebody has set it since
         torch.set_num_threads(_ours)
     _ours = 0
 

@@ -49,6 +49,7 @@ class TokenLayer:
     def forget(self) -> None:
         """Capture anew: what was captured reads memory that is no more."""
         self.graph = None
+        self._hooks.renew()
 
     def token(self, args: "tuple[Any, ...]", kwargs: Arguments) -> "Token | None":
         """One token's way through the layer; None where it is not one, or not served this way."""

@@ -138,6 +138,7 @@ class TokenModel:
     def forget(self) -> None:
         """Give up what was captured."""
         self._plan, self.reason = None, ""
+        self._hooks.renew()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own."""

@@ -118,14 +118,19 @@ class Transfer:
         if self._closing:
             raise ClosedError("the engine is closed: load the model again")
 
+    @property
+    def ours(self) -> bool:
+        """Whether the readers are this process's."""
+        return os.getpid() == self._process
+
     def _check_process(self) -> None:
         """A forked child has no readers, and perhaps a lock that nobody will give back."""
-        if os.getpid() != self._process:
+        if not self.ours:
             raise ClosedError("this process was forked after the model was loaded: load it here")
 
     def close(self) -> None:
         """Finish what is being read and stop the threads; in a forked child there are none."""
-        if os.getpid() != self._process:
+        if not self.ours:
             return
         with self._state:
             self._closing = True

@@ -88,11 +88,15 @@ class _Conversation:
             try:
                 with generation.reading_stdin():
                     line = input("> " if sys.stdin.isatty() else "").strip()
-                generation.check_text(line)
             except EOFError:
                 return None
             except KeyboardInterrupt:  # at the prompt it clears the line
                 print(file=sys.stderr)
+                continue
+            try:
+                generation.check_text(line)
+            except ConfigError as error:  # of one line: the conversation goes on
+                print(f"greenroom: {error}", file=sys.stderr)
                 continue
             return None if line in ("/exit", "/quit") else line
 
@@ -121,7 +125,10 @@ class _Conversation:
                 **kept,
                 stopping_criteria=stop,
             )
-        self._cache, self._cached = answer.cache, ids + answer.token_ids[:-1]
+        grows = isinstance(
+            answer.cache, transformers.DynamicCache
+        )  # others, that a model may ask for, cannot be given back
+        self._cache, self._cached = answer.cache if grows else None, ids + answer.token_ids[:-1]
         self._messages.append({"role": "assistant", "content": answer.text})
         generation.tell_if_cut(answer)
         self._last = answer.report()

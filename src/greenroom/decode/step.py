@@ -106,6 +106,7 @@ class DecodeStep:
     def forget(self) -> None:
         """Describe and prove anew at the next token."""
         self.reason, self._tried = "", False
+        self._hooks.renew()
 
     def forward(self, input_ids: "torch.Tensor | None" = None, *rest: Any, **others: Any) -> Any:
         """As the model's own forward."""

@@ -158,7 +158,9 @@ class TierTransfer:
         self._arena = arena
 
     def close(self) -> None:
-        """Stop the threads, wait for what is under way and give the arena's memory back."""
+        """Stop the threads, wait for what is under way and give the arena's memory back; nothing in a forked child."""
+        if not self._disk.ours:
+            return
         self._disk.close()
         while self.link.wait():
             pass
