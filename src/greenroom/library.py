@@ -43,6 +43,10 @@ def find(model: "str | Path", vram: "int | str | None" = None, **bits: "int | No
     """
     target, settings = place(model, bits)
     if not (target / "greenroom.json").is_file():
+        if not is_demo(model):
+            from greenroom.checkpoint import check_name
+
+            check_name(model)  # at once, and not when a child has started
         if vram is not None:
             from greenroom.device import check_gpu
 

@@ -7,6 +7,6 @@ quantisation, devices, caches.
 
 from greenroom.checkpoint.mapping import Checkpoint, DenseGroup
 from greenroom.checkpoint.shards import Shards, TensorInfo
-from greenroom.checkpoint.source import resolve, sidecars
+from greenroom.checkpoint.source import check_name, resolve, sidecars
 
-__all__ = ["Checkpoint", "DenseGroup", "Shards", "TensorInfo", "resolve", "sidecars"]
+__all__ = ["Checkpoint", "DenseGroup", "Shards", "TensorInfo", "check_name", "resolve", "sidecars"]

@@ -27,16 +27,22 @@ def resolve(source: "str | Path", target: "Path | None" = None, bits: int = 0) -
     `target`: where it will be packed with at least `bits` a weight; before anything is fetched, there must be room for
     that, too. Raises CheckpointError where there is neither folder nor hub id, too little room, or a packed model.
     """
+    check_name(source)
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() else _download(str(source), target, bits)
+
+
+def check_name(source: "str | Path") -> None:
+    """Raises CheckpointError where `source` is neither a checkpoint's folder nor what a hub id looks like."""
     folder = Path(source).expanduser()
     if (folder / "greenroom.json").is_file():
         raise CheckpointError(f"{source} is packed already: give the checkpoint it was packed from")
     if folder.is_dir():
-        return folder
+        return
     if folder.exists():
         raise CheckpointError(f"{source} is a file: give the folder that holds config.json and the safetensors shards")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
         raise CheckpointError(f"{source} does not exist: give a model folder or a hub id like owner/name")
-    return _download(str(source), target, bits)
 
 
 def _check_room(hub_id: str, target: "Path | None", bits: int) -> None:
