@@ -104,7 +104,7 @@ def test_chat_turns_equal_one_prompt(packed: Path, capsys: pytest.CaptureFixture
     """The KV cache of earlier turns changes nothing but the time."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nagain\n"))
     with_cache = call(capsys, "chat", "demo", "--max-new-tokens", "6", "--json")[1]
-    monkeypatch.setattr(chat._Conversation, "_continues", lambda self, ids: False)
+    monkeypatch.setattr(chat._Conversation, "_goes_on", lambda self, ids: False)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nagain\n"))
     without = call(capsys, "chat", "demo", "--max-new-tokens", "6", "--json")[1]
     assert json.loads(with_cache[-1])["text"] == json.loads(without[-1])["text"]
@@ -152,7 +152,7 @@ def test_chat_goes_back_to_where_the_template_rewrites(
     with monkeypatch.context() as patch:
         patch.setattr(DynamicLayer, "crop", shifted)
         other, _ = talk()
-    monkeypatch.setattr(chat._Conversation, "_goes_back", lambda self, ids: False)
+    monkeypatch.setattr(chat._Conversation, "_goes_on", lambda self, ids: False)
     fresh, all_ = talk()
     assert text == fresh and few[0] == all_[0] and few[1] < all_[1] and few[2] < all_[2]
     assert other != fresh, "another cache would not have shown"

@@ -11,10 +11,8 @@ class _Seen(NamedTuple):
     """One module."""
 
     module: nn.Module
-    forward: Any
-    """its own, where somebody gave it one"""
     plain: "dict[str, Any]"
-    """its numbers, texts and functions"""
+    """its numbers, texts and functions, a `forward` that somebody gave it among them"""
     tensors: "tuple[torch.Tensor, ...]"
     written: "tuple[tuple[int, int], ...]"
     """(where a tensor lies, how often it was written to): what is written to its `data` leaves no trace"""
@@ -23,7 +21,6 @@ class _Seen(NamedTuple):
         """Whether nothing was replaced, set or written."""
         return (
             self.module is other.module
-            and self.forward is other.forward
             and self.plain == other.plain
             and self.written == other.written
             and all(map(operator.is_, self.tensors, other.tensors))
@@ -54,7 +51,6 @@ def _see(module: nn.Module) -> _Seen:
     tensors = tuple(one for one in (*module._parameters.values(), *module._buffers.values()) if one is not None)
     return _Seen(
         module=module,
-        forward=own.get("forward"),
         plain={name: one for name, one in own.items() if _is_plain(one) and (name[0] != "_" or callable(one))},
         tensors=tensors,
         # tensors made in inference mode do not count

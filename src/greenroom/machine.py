@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from greenroom.folders import nearest
+
 _UNLIMITED = 1 << 60
 
 
@@ -23,8 +25,7 @@ def available_memory() -> int:
 
 def free_disk(folder: Path) -> int:
     """Bytes that are free where `folder` lies, or will."""
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(nearest(folder)).free
 
 
 def give_back_freed() -> None:

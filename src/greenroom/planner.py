@@ -130,7 +130,10 @@ def make_plan(
     divided; without it, and where slots are asked for per layer, all layers get as many. Raises BudgetError, saying
     what would do, where the budget cannot hold the fixed parts.
     """
-    plan = _plan(manifest, config, settings, runtime, budget, element_size, scores and settings.vram is not None)
+    plan = _plan(manifest, config, settings, runtime, budget, element_size)
+    if scores and settings.vram is not None:
+        scores_nbytes = _scores_nbytes(config, settings, element_size)
+        plan = dataclasses.replace(plan, working_set=plan.working_set + scores_nbytes)
     plan = allot(plan, _slots(plan, settings), None if settings.experts_per_layer is not None else gains)
     return plan if settings.vram is None else dataclasses.replace(plan, ram=_plan_ram(plan, settings, runtime, budget))
 
@@ -157,13 +160,7 @@ def _plan_ram(plan: Plan, settings: EngineSettings, runtime: int, budget: "int |
 
 
 def _plan(
-    manifest: Manifest,
-    config: Any,
-    settings: EngineSettings,
-    runtime: int,
-    budget: "int | None",
-    element_size: int,
-    scores: bool,
+    manifest: Manifest, config: Any, settings: EngineSettings, runtime: int, budget: "int | None", element_size: int
 ) -> Plan:
     """The fixed parts, in RAM or on the device, and no slots yet."""
     if settings.vram is not None:
@@ -171,7 +168,6 @@ def _plan(
         budget = settings.vram
     experts = tuple(entry.num_experts for entry in manifest.experts)
     record_nbytes = max(entry.record_nbytes for entry in manifest.experts)
-    tokens = min(settings.context, settings.prompt_chunk)
     dense, mapped = _dense_nbytes(manifest, element_size, compiled=settings.vram is None)
     return Plan(
         budget=budget,
@@ -179,8 +175,7 @@ def _plan(
         dense=dense,
         mapped=mapped,
         kv_cache=_kv_positions(settings) * kv_nbytes_per_token(config, element_size),
-        working_set=_working_set(manifest, config, tokens, element_size)
-        + (_scores_nbytes(config, tokens, settings.context, element_size) if scores else 0)
+        working_set=_working_set(manifest, config, min(settings.context, settings.prompt_chunk), element_size)
         + _policy_nbytes(settings.policy, experts)
         + settings.reserve,
         staging=_staging(settings, record_nbytes) * record_nbytes,
@@ -315,11 +310,11 @@ def _working_set(manifest: Manifest, config: Any, tokens: int, element_size: int
     return _KERNEL_NBYTES + activations + 4 * vocab * 4
 
 
-def _scores_nbytes(config: Any, tokens: int, context: int, element_size: int) -> int:
-    """Scores of `tokens` for all of a context, in each head of one layer, and two copies of them: transformers' eager
-    attention keeps what goes into its softmax, what comes out, and what either is made from."""
+def _scores_nbytes(config: Any, settings: EngineSettings, element_size: int) -> int:
+    """Scores of a prompt's piece for all of a context, in each head of one layer, and two copies of them: transformers'
+    eager attention keeps what goes into its softmax, what comes out, and what either is made from."""
     heads = int(getattr(config.get_text_config(), "num_attention_heads", 1) or 1)
-    return 3 * heads * tokens * context * element_size
+    return 3 * heads * min(settings.context, settings.prompt_chunk) * settings.context * element_size
 
 
 def _policy_nbytes(policy: str, experts: "tuple[int, ...]") -> int:

@@ -14,8 +14,8 @@ from transformers import DynamicCache
 from greenroom.hooks import Hooks
 
 _CUT = ("attention_mask", "position_ids", "past_key_values")
-_LISTS = ("output_attentions", "output_hidden_states", "output_router_logits")
-"""Results that would be a piece's alone."""
+OUTPUTS = {"output_attentions", "output_hidden_states", "output_router_logits"}
+"""Arguments that ask for what every layer gave."""
 
 
 class Prompts:
@@ -84,7 +84,7 @@ class Prompts:
             return False
         if others.get("return_dict", getattr(self._config, "return_dict", True)) is False:
             return False
-        if any(others.get(name) or getattr(self._config, name, False) for name in _LISTS):
+        if any(others.get(name) or getattr(self._config, name, False) for name in OUTPUTS):
             return False
         return all(_of_no_token(value) for name, value in others.items() if name not in _CUT)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from greenroom.errors import CheckpointError, first_line
+from greenroom.folders import nearest
 from greenroom.machine import free_disk
 from greenroom.sizes import format_bytes
 
@@ -83,10 +84,7 @@ def _weights(info: Any) -> int:
 
 
 def _same_disk(one: Path, other: Path) -> bool:
-    def device(folder: Path) -> int:
-        return next(path for path in (folder, *folder.absolute().parents) if path.exists()).stat().st_dev
-
-    return device(one) == device(other)
+    return nearest(one).stat().st_dev == nearest(other).stat().st_dev
 
 
 def _download(hub_id: str, target: "Path | None", bits: int) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from greenroom.cli import options as shared
 from greenroom.errors import ConfigError
+from greenroom.folders import nearest
 
 if TYPE_CHECKING:
     from greenroom.analyze import Report
@@ -58,8 +59,7 @@ def _beside(trace: Path) -> Path:
 def _check(folder: Path) -> None:
     """Raise ConfigError where nothing can be drawn into `folder`. Makes nothing."""
     try:
-        nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-        tempfile.TemporaryFile(dir=nearest).close()
+        tempfile.TemporaryFile(dir=nearest(folder)).close()
     except OSError as error:
         raise ConfigError(
             f"cannot draw into {folder} ({error.strerror or error}): give another with --plots"

@@ -34,7 +34,7 @@ def execute(options: argparse.Namespace) -> int:
     for name in ("tokens", "trials", "prompt_tokens"):
         if getattr(options, name) < (2 if name == "tokens" else 1):
             raise ConfigError(f"--{name.replace('_', '-')} is too small")
-    shared.settings_of(options, context=1)  # a wrong flag is refused now, not after hours of packing
+    shared.check_memory(options)
     if options.paper:
         return paper.execute(options)
     folder = library.find(options.model, options.vram, **shared.bits_of(options))

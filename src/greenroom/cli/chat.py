@@ -114,7 +114,7 @@ class _Conversation:
         self._messages.append({"role": "user", "content": line})
         inputs = generation.encode(self._tokenizer, self._messages)
         ids = inputs["input_ids"][0].tolist()
-        kept = {"past_key_values": self._cache} if self._continues(ids) or self._goes_back(ids) else {}
+        kept = {"past_key_values": self._cache} if self._goes_on(ids) else {}
         stop = transformers.StoppingCriteriaList([lambda *_: self._stop])
         with self._interruptible():
             answer = generation.answer(
@@ -125,33 +125,29 @@ class _Conversation:
                 **kept,
                 stopping_criteria=stop,
             )
-        grows = isinstance(
-            answer.cache, transformers.DynamicCache
-        )  # others, that a model may ask for, cannot be given back
-        self._cache, self._cached = answer.cache if grows else None, ids + answer.token_ids[:-1]
+        # a cache of a kind that the model's own settings ask for cannot be given back
+        kept_on = isinstance(answer.cache, transformers.DynamicCache)
+        self._cache, self._cached = (answer.cache, ids + answer.token_ids[:-1]) if kept_on else (None, [])
         self._messages.append({"role": "assistant", "content": answer.text})
         generation.tell_if_cut(answer)
         self._last = answer.report()
         if self._options.stats:
             self._show()
 
-    def _continues(self, ids: "list[int]") -> bool:
-        """Whether the cache holds the beginning of `ids`, and knows it: one family's says that it is empty."""
-        length = len(self._cached)
-        if self._cache is None or length >= len(ids) or ids[:length] != self._cached:
-            return False
-        return int(self._cache.get_seq_length()) == length
+    def _goes_on(self, ids: "list[int]") -> bool:
+        """Whether the cache holds the beginning of `ids`, after it was cropped to that where it can be.
 
-    def _goes_back(self, ids: "list[int]") -> bool:
-        """Crop the cache to what it shares with `ids`; whether it could be, and begins with them now.
-
-        Templates rewrite what was said, e.g. drop earlier thinking. At least one token is left to feed.
+        Templates rewrite what was said, e.g. drop earlier thinking. At least one token is left to feed. One family's
+        cache says that it is empty: it is of no use.
         """
         both = zip(self._cached, ids[:-1], strict=False)
         common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
-        if not common or not _can_be_cropped(self._cache) or self._cache.get_seq_length() != len(self._cached):
+        if not common or self._cache.get_seq_length() != len(self._cached):
             return False
-        self._cache.crop(common - len(self._cached))
+        if common < len(self._cached):
+            if not _can_be_cropped(self._cache):
+                return False
+            self._cache.crop(common - len(self._cached))
         return int(self._cache.get_seq_length()) == common
 
     @contextlib.contextmanager

@@ -85,14 +85,9 @@ def answer(
     engine: "Engine", tokenizer: Any, inputs: "dict[str, Any]", options: argparse.Namespace, **extra: Any
 ) -> Answer:
     """Generate from tokenised `inputs`, streaming text to stdout."""
-    import torch
-
     check_sampling(options)
     streamer = _streamer(tokenizer, engine)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if options.temperature > 0:
-        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-        torch.manual_seed(options.seed)
+    sampling = sampling_of(options)
     inputs = {name: value.to(engine.model.device) for name, value in inputs.items()}
     prompt_tokens = int(inputs["input_ids"].shape[1])
     before, start_s = engine.metrics(), time.perf_counter()
@@ -157,6 +152,16 @@ def reading_stdin() -> "Iterator[None]":
         yield
     except UnicodeDecodeError as error:
         raise ConfigError(f"stdin is no {error.encoding} ({error.reason}): convert it, e.g. with iconv") from None
+
+
+def sampling_of(options: argparse.Namespace) -> "dict[str, Any]":
+    """What `generate` is told of how to choose tokens; seeds torch where it draws."""
+    import torch
+
+    if options.temperature <= 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    torch.manual_seed(options.seed)
+    return {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
 
 
 def check_sampling(options: argparse.Namespace) -> None:

@@ -79,10 +79,8 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 
 
 def settings_of(options: argparse.Namespace, context: int) -> "EngineSettings":
-    """The memory flags for the engine, with room for `context` tokens unless --context says otherwise.
-
-    Raises ConfigError for what cannot be: call it before anything is fetched or packed.
-    """
+    """The memory flags for the engine, with room for `context` tokens unless --context says otherwise. Raises
+    ConfigError for what cannot be."""
     return engine_settings(
         ram=options.ram,
         vram=options.vram,
@@ -95,6 +93,11 @@ def settings_of(options: argparse.Namespace, context: int) -> "EngineSettings":
         dtype=options.dtype,
         context=context if options.context is None else options.context,
     )
+
+
+def check_memory(options: argparse.Namespace) -> None:
+    """Raise ConfigError for memory flags that cannot be: now, and not after hours of fetching and packing."""
+    settings_of(options, context=1)
 
 
 def print_json(body: "dict[str, Any]") -> None:

@@ -35,7 +35,7 @@ def execute(options: argparse.Namespace) -> int:
         raise ConfigError("the prompt is empty")
     generation.check_text(prompt)
     generation.check_sampling(options)
-    shared.settings_of(options, context=1)  # a wrong flag is refused now, not after hours of packing
+    shared.check_memory(options)
     folder = library.find(options.model, options.vram, **shared.bits_of(options))
     tokenizer = library.tokenizer_of(folder)
     if tokenizer is None:

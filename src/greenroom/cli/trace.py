@@ -94,7 +94,7 @@ def _record(options: argparse.Namespace) -> "dict[str, Any]":
     if options.vram is not None:
         raise ConfigError("trace records on the CPU: leave --vram out, routing is the same there")
     prompts = read_prompts(Path(options.prompts))
-    shared.settings_of(options, context=1)  # a wrong flag is refused now, not after hours of packing
+    shared.check_memory(options)
     folder = library.find(options.model, **shared.bits_of(options))
     tokenizer = library.tokenizer_of(folder)
     if tokenizer is None:
@@ -117,22 +117,12 @@ def _record(options: argparse.Namespace) -> "dict[str, Any]":
         with recorder, Progress("recording", len(inputs), unit="prompts") as progress:
             for one in inputs:
                 recorder.begin(one["input_ids"].shape[1])
-                _generate(engine, one, options)
+                sampling = generation.sampling_of(options)
+                engine.model.generate(**one, **sampling, max_new_tokens=options.max_new_tokens, num_beams=1)
                 progress.advance(1)
     finally:
         engine.close()
     return _report(options.out, len(inputs), recorder.prompt_tokens, recorder.tokens)
-
-
-def _generate(engine: Any, inputs: "dict[str, Any]", options: argparse.Namespace) -> None:
-    """Generate silently; the text is not wanted."""
-    import torch
-
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if options.temperature > 0:
-        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-        torch.manual_seed(options.seed)
-    engine.model.generate(**inputs, **sampling, max_new_tokens=options.max_new_tokens, num_beams=1)
 
 
 def _messages(options: argparse.Namespace, prompt: str) -> "list[dict[str, str]]":

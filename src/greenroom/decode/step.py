@@ -16,11 +16,10 @@ from greenroom.decode.describe import DecoderParts, NotUnderstoodError, Turn, de
 from greenroom.decode.prompt import Prompt
 from greenroom.hooks import Hooks
 from greenroom.kernels import native
+from greenroom.prompts import OUTPUTS
 from greenroom.static_kv import lasting
 from greenroom.threads import count, lent_to_torch
 
-_OUTPUTS = {"output_attentions", "output_hidden_states", "output_router_logits"}
-"""What a step does not give."""
 _INPUTS = {"attention_mask", "past_key_values", "position_ids", "inputs_embeds", "use_cache", "return_dict"}
 """Arguments that a step understands, or need not."""
 
@@ -124,7 +123,7 @@ class DecodeStep:
 
     def _takes(self, others: "dict[str, Any]") -> bool:
         """Whether a call asks for nothing but more tokens."""
-        if not others.keys() <= _INPUTS | _OUTPUTS or any(others.get(name) for name in _OUTPUTS):
+        if not others.keys() <= _INPUTS | OUTPUTS or any(others.get(name) for name in OUTPUTS):
             return False
         if others.get("inputs_embeds") is not None or torch.is_grad_enabled():
             return False
