@@ -25,7 +25,8 @@ from typing import Any
 import torch
 import transformers
 
-from greenroom.evaluate import Window, WindowScore, score, summarise, tokens_of
+from greenroom.evaluate import WindowScore, score, summarise
+from greenroom.original import Window, tokens_of
 from greenroom.quant import Format, Layout, hqq, rtn
 from greenroom.quant.balance import column_scales
 from greenroom.quant.scratch import Scratch

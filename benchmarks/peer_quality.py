@@ -22,9 +22,10 @@ from benchmarks.peer_rounding import Way, peer, way
 from greenroom import library, seam
 from greenroom.checkpoint import resolve
 from greenroom.errors import ConfigError, GreenroomError
-from greenroom.evaluate import Original, StatesFile, Text, Window, score, stream, summarise, windows_of
+from greenroom.evaluate import score, summarise, windows_of
 from greenroom.evaluate.rounding import SharesLinear
 from greenroom.machine import available_memory
+from greenroom.original import Original, StatesFile, Text, Window, stream
 
 FORMATS = (
     "8g64", "4g32", "4g64", "4g128", "3g32", "3g64", "3g128", "2g16", "2g32", "2g64",

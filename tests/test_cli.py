@@ -14,6 +14,7 @@ import torch
 
 import greenroom
 from greenroom import library
+from greenroom import tokenizer as tokenizer_module
 from greenroom.cli import chat, generation, main
 from greenroom.device import FakeDevice
 from greenroom.errors import ConfigError
@@ -124,7 +125,7 @@ def test_chat_goes_back_to_where_the_template_rewrites(
     from transformers.cache_utils import DynamicLayer
 
     fed: list[int] = []
-    answer, tokenizer_of, crop = generation.answer, library.tokenizer_of, DynamicLayer.crop
+    answer, tokenizer_of, crop = generation.answer, tokenizer_module.tokenizer_of, DynamicLayer.crop
 
     def counted(engine: Any, tokenizer: Any, inputs: Any, options: Any, **extra: Any) -> Any:
         past = extra.get("past_key_values")
@@ -147,7 +148,7 @@ def test_chat_goes_back_to_where_the_template_rewrites(
         return json.loads(out[-1])["text"], list(fed)
 
     monkeypatch.setattr(generation, "answer", counted)
-    monkeypatch.setattr(library, "tokenizer_of", rewriting)
+    monkeypatch.setattr(tokenizer_module, "tokenizer_of", rewriting)
     text, few = talk()
     with monkeypatch.context() as patch:
         patch.setattr(DynamicLayer, "crop", shifted)

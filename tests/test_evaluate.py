@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 import families
 from families import FAMILIES
 from greenroom.errors import BudgetError, ConfigError
-from greenroom.evaluate import Original, Text, Window, WindowScore, cut, score, stream, summarise
-from greenroom.evaluate.head import Head
+from greenroom.evaluate import WindowScore, score, summarise
 from greenroom.evaluate.score import mean
-from greenroom.evaluate.states import windows_at_a_time
+from greenroom.original import Head, Original, Text, Window, cut, stream
+from greenroom.original.states import windows_at_a_time
 from samples import some
 
 ROOM = 1 << 30
@@ -175,7 +175,7 @@ def test_a_text_is_read_as_it_should_be(tmp_path: Path) -> None:
 def test_a_long_text_is_cut_between_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "text.txt"
     path.write_text("ééééé")
-    monkeypatch.setattr("greenroom.evaluate.windows.MAX_TEXT_NBYTES", 5)
+    monkeypatch.setattr("greenroom.original.windows.MAX_TEXT_NBYTES", 5)
     text = Text.read(path)
     assert text.truncated and text.content == "éé"
 

@@ -14,12 +14,12 @@ from greenroom import library, seam
 from greenroom.cli import grid as command
 from greenroom.config import EngineSettings
 from greenroom.errors import ConfigError
-from greenroom.evaluate import Original, Window, WindowScore, cut, score, stream, summarise
+from greenroom.evaluate import WindowScore, score, summarise
 from greenroom.evaluate import packed as packed_states
 from greenroom.evaluate.cells import Cells
 from greenroom.evaluate.grid import Cell, measure
-from greenroom.evaluate.head import Head
 from greenroom.evaluate.rounding import SharesLinear, rounded
+from greenroom.original import Head, Original, Window, cut, stream
 from greenroom.packing import pack
 from greenroom.quant import Format, Layout
 from test_cli import cache, call, refused  # noqa: F401

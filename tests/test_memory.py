@@ -144,8 +144,8 @@ STREAM = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from greenroom.evaluate import Original, cut, stream
-from greenroom.evaluate.states import streaming_nbytes
+from greenroom.original import Original, cut, stream
+from greenroom.original.states import streaming_nbytes
 from greenroom.metrics import process_memory
 with Original(Path(sys.argv[1])) as original:
     windows = cut(torch.arange(1024) % 500, 256)

@@ -60,7 +60,7 @@ def is_demo(model: "str | Path") -> bool:
     return str(model) == DEMO and not Path(model).exists()
 
 
-def settled_bits(model: "str | Path", bits: "dict[str, int | None]") -> "dict[str, int]":
+def settled_bits(model: "str | Path", bits: "dict[str, int | None]") -> "dict[str, Any]":
     """The bits a model is packed with: those given, else its defaults. The demo's weights come in groups of 32.
 
     Raises ConfigError for bits that cannot be.
@@ -170,7 +170,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _build(source: str, target: str, demo: bool, settings: "dict[str, int]") -> None:
+def _build(source: str, target: str, demo: bool, settings: "dict[str, Any]") -> None:
     from greenroom.packing import pack
 
     pack(demo_checkpoint() if demo else source, target, **settings)
@@ -228,25 +228,6 @@ def start(model: "str | Path", folder: Path, settings: "EngineSettings") -> "Eng
     if engine.decode.enabled:
         engine.decode.prove()  # now, rather than within the first answer's second token
     return engine
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """The folder's tokenizer, or None where it has none."""
-    import transformers
-
-    from greenroom.seam import quiet
-
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
-    if not any((folder / name).is_file() for name in names):
-        return None
-    with quiet():
-        try:
-            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # tokenizers fail in many ways; the model still runs
-            raise errors.PackedModelError(
-                f"the tokenizer in {folder} cannot be loaded ({(str(error) or 'damaged').splitlines()[0]}): "
-                "delete the packed folder and pack again"
-            ) from error
 
 
 def load(
@@ -310,5 +291,7 @@ def load(
     )
     bits = {"expert_bits": expert_bits, "attention_bits": attention_bits, "head_bits": head_bits}
     folder = find(model, vram, **bits, group_size=group_size)
+    from greenroom.tokenizer import tokenizer_of  # loads transformers
+
     tokenizer = tokenizer_of(folder)
     return start(model, folder, settings).model, tokenizer

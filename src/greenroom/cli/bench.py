@@ -72,12 +72,13 @@ def _prompt(options: argparse.Namespace, folder: Path) -> Any:
     """Token ids [1, n]: of the text given, or random ones."""
     import torch
 
-    from greenroom import library, seam
+    from greenroom import seam
+    from greenroom.tokenizer import tokenizer_of
 
     if options.prompt is None:
         vocabulary = seam.load_config(folder).get_text_config().vocab_size
         return torch.randint(vocabulary, (1, options.prompt_tokens), generator=torch.Generator().manual_seed(0))
-    tokenizer = library.tokenizer_of(folder)
+    tokenizer = tokenizer_of(folder)
     if tokenizer is None:
         raise ConfigError(f"{options.model} has no tokenizer: leave --prompt out")
     ids = generation.encode(tokenizer, [{"role": "user", "content": options.prompt}])["input_ids"]

@@ -34,11 +34,12 @@ def execute(options: argparse.Namespace) -> int:
     """Answer until /exit or the end of input."""
     from greenroom import library
     from greenroom.cli import generation
+    from greenroom.tokenizer import tokenizer_of
 
     generation.check_sampling(options)
     settings = shared.settings_of(options, context=4096)
     folder = library.find(options.model, options.vram, **shared.bits_of(options))
-    tokenizer = library.tokenizer_of(folder)
+    tokenizer = tokenizer_of(folder)
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"{options.model} has no chat template: use greenroom run")
     engine = library.start(options.model, folder, settings)

@@ -11,7 +11,8 @@ from greenroom.errors import ConfigError
 from greenroom.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from greenroom.evaluate import Evaluation, Text
+    from greenroom.evaluate import Evaluation
+    from greenroom.original import Text
 
 
 def add(commands: Any) -> None:
@@ -127,7 +128,7 @@ _MEMORY = ("ram", "experts_per_layer", "policy", "prefetch", "lookahead", "activ
 
 def read_text(path: str) -> "Text":
     """The text to measure on; says so on stderr where it is cut."""
-    from greenroom.evaluate import Text
+    from greenroom.original import Text
 
     text = Text.read(Path(path))
     if text.truncated:

@@ -10,8 +10,8 @@ from greenroom.errors import ConfigError
 from greenroom.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from greenroom.evaluate import Text
     from greenroom.evaluate.grid import Cell
+    from greenroom.original import Text
 
 _GIB = 1 << 30
 

@@ -11,7 +11,7 @@ from greenroom.errors import ConfigError
 from greenroom.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from greenroom.evaluate import Text
+    from greenroom.original import Text
     from greenroom.packed import PackedModel
 
 

@@ -26,6 +26,7 @@ def execute(options: argparse.Namespace) -> int:
     """Answer the prompt."""
     from greenroom import library
     from greenroom.cli import generation
+    from greenroom.tokenizer import tokenizer_of
 
     prompt = options.prompt
     if prompt == "-":
@@ -37,7 +38,7 @@ def execute(options: argparse.Namespace) -> int:
     generation.check_sampling(options)
     shared.check_memory(options)
     folder = library.find(options.model, options.vram, **shared.bits_of(options))
-    tokenizer = library.tokenizer_of(folder)
+    tokenizer = tokenizer_of(folder)
     if tokenizer is None:
         raise ConfigError(f"{options.model} has no tokenizer: add its tokenizer files to the checkpoint and pack again")
     system = [{"role": "system", "content": options.system}] if options.system else []

@@ -88,6 +88,7 @@ def _record(options: argparse.Namespace) -> "dict[str, Any]":
     from greenroom.cli import generation
     from greenroom.model import routers
     from greenroom.progress import Progress
+    from greenroom.tokenizer import tokenizer_of
     from greenroom.trace.recorder import Recorder
 
     generation.check_sampling(options)
@@ -96,7 +97,7 @@ def _record(options: argparse.Namespace) -> "dict[str, Any]":
     prompts = read_prompts(Path(options.prompts))
     shared.check_memory(options)
     folder = library.find(options.model, **shared.bits_of(options))
-    tokenizer = library.tokenizer_of(folder)
+    tokenizer = tokenizer_of(folder)
     if tokenizer is None:
         raise ConfigError(f"{options.model} has no tokenizer: add its tokenizer files to the checkpoint and pack again")
     inputs = [generation.encode(tokenizer, _messages(options, prompt)) for prompt in prompts]

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 
 from greenroom import library
 from greenroom.errors import ConfigError
+from greenroom.tokenizer import tokenizer_of
 
 _BITS = ("expert_bits", "attention_bits", "head_bits", "group_size")
 
@@ -30,7 +31,7 @@ class GreenroomLM(HFLM):  # type: ignore[misc]
         bits = {name: others.pop(name) for name in _BITS if name in others}
         settings = library.engine_settings(**others, context=context)
         folder = library.find(pretrained, **bits)
-        tokenizer = library.tokenizer_of(folder)
+        tokenizer = tokenizer_of(folder)
         if tokenizer is None:
             raise ConfigError(
                 f"{pretrained} has no tokenizer: add its tokenizer files to the checkpoint and pack again"

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 from greenroom import library, planner, seam
 from greenroom.errors import ConfigError
 from greenroom.evaluate import packed as packed_states
-from greenroom.evaluate.head import Head
-from greenroom.evaluate.original import Original
 from greenroom.evaluate.score import Summary, score, scoring_nbytes, summarise
-from greenroom.evaluate.states import StatesFile, attention_nbytes, stream
-from greenroom.evaluate.windows import Text, Window, cut, tokens_of
 from greenroom.machine import available_memory, give_back_freed
 from greenroom.metrics import process_memory
+from greenroom.original import Head, Original, Text, Window, cut, tokens_of
+from greenroom.original.states import StatesFile, attention_nbytes, stream
 from greenroom.packed import PackedModel, Receipt
 from greenroom.packing import fingerprint
 from greenroom.progress import Progress
+from greenroom.tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
     from greenroom.config import EngineSettings
@@ -102,7 +101,7 @@ def windows_of(
     folder: Path, text: Text, context: "int | None" = None, stride: "int | None" = None, most: "int | None" = None
 ) -> list[Window]:
     """`text` as windows for the model in `folder`. Raises ConfigError where that cannot be."""
-    tokenizer = library.tokenizer_of(folder)
+    tokenizer = tokenizer_of(folder)
     if tokenizer is None:
         raise ConfigError(f"{folder} has no tokenizer: add its tokenizer files to the checkpoint and pack again")
     positions = getattr(seam.load_config(folder).get_text_config(), "max_position_embeddings", None)

@@ -17,11 +17,10 @@ import torch
 from greenroom import seam
 from greenroom.checkpoint import Checkpoint
 from greenroom.evaluate.cells import Cells
-from greenroom.evaluate.original import Original
 from greenroom.evaluate.rounding import Rounding, SharesLinear, differing, rounded
 from greenroom.evaluate.score import Summary, WindowScore, score, scoring_nbytes, summarise
-from greenroom.evaluate.states import StatesFile, batches, stream, windows_at_a_time
-from greenroom.evaluate.windows import Window
+from greenroom.original import Original, Window
+from greenroom.original.states import StatesFile, batches, stream, windows_at_a_time
 from greenroom.packed import Manifest
 from greenroom.packing import preview
 from greenroom.progress import Progress

@@ -7,7 +7,7 @@ import transformers
 
 if TYPE_CHECKING:
     from greenroom.engine import Engine
-    from greenroom.evaluate.windows import Window
+    from greenroom.original import Window
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from greenroom.evaluate.head import Head
-from greenroom.evaluate.windows import Window
+from greenroom.original import Head, Window
 from greenroom.packed import Estimate
 
 _LOGITS_NBYTES = 16 << 20

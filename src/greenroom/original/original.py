@@ -18,7 +18,7 @@ from torch import nn
 from greenroom import seam
 from greenroom.checkpoint import Checkpoint
 from greenroom.errors import UnsupportedModelError
-from greenroom.evaluate.head import Head
+from greenroom.original.head import Head
 from greenroom.threads import kept_from_torch, lent_to_torch
 
 _EXPERT_ROWS = 2048
@@ -32,6 +32,9 @@ Transform = Callable[[str, torch.Tensor], torch.Tensor]
 have the model's own names and shapes."""
 ExpertTransform = Callable[[Checkpoint, seam.ExpertsModule, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor]"]
 """(checkpoint, module, an expert's parameters as `Checkpoint.expert` gives them) → those that `Transform` then sees."""
+
+OnExperts = Callable[[seam.ExpertsModule, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""(the module whose weights they have, hidden states float32 [T, hidden], top_k_index [T, k], top_k_weights [T, k])"""
 
 
 class StoredEmbedding(nn.Module):
@@ -81,6 +84,10 @@ class Original:
             raise UnsupportedModelError(f"{type(self.model).__name__} has no part without its head: please report it")
         self.on_layer: Callable[[], None] = lambda: None
         """called after each decoder layer"""
+        self.on_experts: Callable[[seam.ExpertsModule, torch.Tensor, torch.Tensor, torch.Tensor], None] = lambda *_: (
+            None
+        )
+        """called before a layer's experts compute"""
         self._transform, self._of_expert = transform, of_expert
         self._groups = {name: group for group in self.checkpoint.dense_groups() for name in group.shapes}
         self._names = [*self._groups, *(name for name in self.checkpoint.tied if self._source(name) in self._groups)]
@@ -214,6 +221,7 @@ class Original:
     ) -> torch.Tensor:
         """A `seam.ServeExperts` that reads each expert, computes with it and forgets it, in ascending order."""
         spec = self._experts[self._owners[layer]]
+        self.on_experts(spec, x, top_k_index, top_k_weights)
         out = torch.zeros_like(x)
         for expert in range(spec.num_experts):
             rows, places = torch.where(top_k_index == expert)

@@ -10,8 +10,8 @@ import torch
 
 from greenroom.buffers import byte_view, read_into
 from greenroom.errors import BudgetError, GreenroomError
-from greenroom.evaluate.original import Original
-from greenroom.evaluate.windows import Window
+from greenroom.original.original import Original
+from greenroom.original.windows import Window
 from greenroom.progress import Progress
 from greenroom.sizes import format_bytes
 
