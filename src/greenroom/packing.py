@@ -1,9 +1,10 @@
-"""Pack a checkpoint: one expert, or one dense tensor, in memory at a time.
+"""Pack a checkpoint: an expert for each core, or one dense tensor, in memory at a time.
 
 Everything about the output except the weights' bits is known before the first byte is written: file names, sizes and
 offsets follow from the shapes. So free disk is checked first, and a resumed run makes the same files.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,10 +18,12 @@ import torch
 
 from greenroom import seam
 from greenroom.buffers import byte_view
+from greenroom.calibration import Calibration, Inputs, scratch_nbytes, windows_of
 from greenroom.checkpoint import Checkpoint, DenseGroup, resolve, sidecars
 from greenroom.config import PackSettings
 from greenroom.errors import CheckpointError, ConfigError, PackedModelError, PackError
-from greenroom.machine import free_disk
+from greenroom.machine import available_memory, free_disk
+from greenroom.original import Text
 from greenroom.packed import (
     MANIFEST_NAME,
     RECORD_ALIGNMENT,
@@ -39,10 +42,12 @@ from greenroom.packed import (
     write_file,
 )
 from greenroom.progress import Progress
-from greenroom.quant import Format, Layout, balance, quantize_into
+from greenroom.quant import Format, Layout, balance, quantize_into, recode
 from greenroom.sizes import format_bytes
+from greenroom.threads import in_order
 
 _DENSE_FILE_NBYTES = 1 << 30  # a kill loses at most one file
+_EXPERT_NBYTES = 16  # for each weight of an expert that is being packed: as read, in float32, balanced, rounded
 _SAFETENSORS_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.bool: "BOOL", torch.uint8: "U8",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -90,11 +95,14 @@ def pack(
     attention_bits: int = 16,
     head_bits: int = 8,
     group_size: "int | None" = None,
+    calibrate: "str | Path | None" = None,
 ) -> PackedModel:
     """Quantise and pack the checkpoint `src` (a folder or hub id) into the folder `dst`.
 
     `expert_bits`, `attention_bits` (all dense linears of the decoder layers) and `head_bits` are 2, 3, 4, 8 or 16;
     `group_size` is the experts' (default: the paper's for their bits). Routers, norms and embeddings stay 16-bit.
+    `calibrate` is a text file: experts of 2 to 8 bits then get the codes that compute best with the inputs that this
+    text gives them, in the same bytes; for that the original is run on 16,384 tokens of it first.
     A killed run resumes and ends with the same bytes. `dst` holds a readable model only when all is written.
 
     Raises ConfigError, CheckpointError, UnsupportedModelError or PackError (disk space, interrupted, other settings,
@@ -104,10 +112,13 @@ def pack(
         expert_bits=expert_bits, attention_bits=attention_bits, head_bits=head_bits, group_size=group_size
     )
     dst = Path(dst)
+    text = None if calibrate is None else Text.read(Path(calibrate))
+    if text is not None and expert_bits == 16:
+        raise ConfigError("experts of 16 bits have no codes to choose: pack them without --calibrate")
     checkpoint = Checkpoint(resolve(src, dst, settings.bits_per_weight))
     with checkpoint.shards:
         try:
-            return _Packing(checkpoint, dst, settings).run()
+            return _Packing(checkpoint, dst, settings, text).run()
         except KeyboardInterrupt:
             raise PackError(f"interrupted: run the same command again and packing into {dst} resumes") from None
 
@@ -124,8 +135,10 @@ def preview(checkpoint: Checkpoint, settings: "Mapping[str, Any]") -> Manifest:
 class _Packing:
     """One run of `pack`."""
 
-    def __init__(self, checkpoint: Checkpoint, dst: Path, settings: PackSettings) -> None:
+    def __init__(self, checkpoint: Checkpoint, dst: Path, settings: PackSettings, text: "Text | None" = None) -> None:
         self.checkpoint, self.dst, self.settings = checkpoint, dst, settings
+        self._windows = None if text is None else windows_of(checkpoint.folder, text)
+        self._calibration: Calibration | None = None
         self._head = seam.output_head(checkpoint.model)
         self._embeddings = {f"{name}.weight" for name in seam.plain_embeddings(checkpoint.model)}
         self._linears = set(seam.packable_linears(checkpoint.model, checkpoint.experts))
@@ -133,7 +146,7 @@ class _Packing:
         self.experts = [self._experts_file(i, module) for i, module in enumerate(checkpoint.experts)]
         self.dense = self._dense_files()
         self.files = [file for file, _ in self.experts] + [file for file, _ in self.dense]
-        self.source = {"fingerprint": fingerprint(checkpoint)}
+        self.source = {"fingerprint": fingerprint(checkpoint), **({"calibration": text.sha256} if text else {})}
 
     def run(self) -> PackedModel:
         if not self.dst.exists():
@@ -156,7 +169,7 @@ class _Packing:
         journal = Journal(self.dst, json.dumps([self.source, dataclasses.asdict(self.settings)], sort_keys=True))
         self._check_space(journal.done)
         journal.start()
-        with Progress("packing", self.checkpoint.nbytes) as progress:
+        with self._calibrated(journal.done), Progress("packing", self.checkpoint.nbytes) as progress:
             for file in self.files:
                 if file.name in journal.done:
                     progress.skip(file.source_nbytes)
@@ -165,6 +178,16 @@ class _Packing:
         replace_text(self.dst / MANIFEST_NAME, self.manifest(journal.done, self._copy_sidecars()).to_json())
         journal.remove()
         return PackedModel(self.dst)
+
+    @contextlib.contextmanager
+    def _calibrated(self, done: "Collection[str]") -> "Iterator[None]":
+        """While experts are packed for a text, what it gives them is at hand."""
+        if self._windows is None or all(file.name in done for file, _ in self.experts):
+            yield
+            return
+        room = available_memory() // 2
+        with Calibration(self.checkpoint.folder, self._windows, self.dst, room) as self._calibration:
+            yield
 
     def _already_packed(self) -> PackedModel:
         try:
@@ -178,6 +201,7 @@ class _Packing:
 
     def _check_space(self, done: "Collection[str]") -> None:
         needed = sum(file.nbytes for file in self.files if file.name not in done)
+        needed += 0 if self._windows is None else scratch_nbytes(self.checkpoint, self._windows.numel())
         free = free_disk(self.dst)
         if needed > free:
             raise PackError(
@@ -192,17 +216,37 @@ class _Packing:
         source_nbytes = self.checkpoint.experts_nbytes(module)
 
         def data(progress: Progress) -> "Iterator[memoryview]":
-            record = torch.zeros(entry.record_nbytes, dtype=torch.uint8)
-            for expert in range(module.num_experts):
-                weights = balanced(self.checkpoint, module, self.checkpoint.expert(module, expert), format)
-                for tensor in entry.tensors:
-                    what = f"{tensor.name} of expert {expert} of {module.name}"
-                    _quantize(weights.pop(tensor.name), tensor.format, tensor.part(record), self.checkpoint, what)
+            inputs = None if self._calibration is None else self._calibration.inputs(module)
+            read = ((expert, self.checkpoint.expert(module, expert)) for expert in range(module.num_experts))
+            for record in in_order(lambda item: self._record(module, entry, inputs, *item), read, _workers(module)):
                 progress.advance(source_nbytes // module.num_experts)
                 yield byte_view(record)
 
         file = _File(name=entry.file, entries=record_entries(entry), source_nbytes=source_nbytes, data=data)
         return file, entry
+
+    def _record(
+        self,
+        module: seam.ExpertsModule,
+        entry: ExpertsEntry,
+        inputs: "Inputs | None",
+        expert: int,
+        weights: "dict[str, torch.Tensor]",
+    ) -> torch.Tensor:
+        """An expert's record, uint8 [record_nbytes], from its weights as read."""
+        record = torch.zeros(entry.record_nbytes, dtype=torch.uint8)
+        matrices = [tensor for tensor in entry.tensors if tensor.format.bits < 16]
+        if matrices:
+            weights = balanced(self.checkpoint, module, weights, matrices[0].format)
+        for tensor in entry.tensors:
+            what = f"{tensor.name} of expert {expert} of {module.name}"
+            _quantize(weights[tensor.name], tensor.format, tensor.part(record), self.checkpoint, what)
+        if inputs is not None:
+            weights = {name: weight.float() for name, weight in weights.items()}
+            given = inputs.of_matrices(expert, self.checkpoint.model.get_submodule(module.name), weights)
+            for tensor in matrices:
+                recode(weights[tensor.name], tensor.format, tensor.part(record), given[tensor.name])
+        return record
 
     def _dense_files(self) -> "list[tuple[_File, list[_DenseOutput]]]":
         batches: list[list[DenseGroup]] = [[]]
@@ -350,6 +394,12 @@ def balanced(
     gate, up = weights["gate_up_proj"].float().chunk(2)
     up, down = balance(up, weights["down_proj"], format)
     return {"gate_up_proj": torch.cat((gate, up)), "down_proj": down}
+
+
+def _workers(module: seam.ExpertsModule) -> int:
+    """How many of a module's experts are packed at a time."""
+    weights = sum(parameter.rows * parameter.cols for parameter in module.parameters)
+    return max(1, min(torch.get_num_threads(), available_memory() // 2 // (_EXPERT_NBYTES * weights)))
 
 
 def _quantize(weight: torch.Tensor, format: Format, out: torch.Tensor, checkpoint: Checkpoint, what: str) -> None:

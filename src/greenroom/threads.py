@@ -4,13 +4,19 @@ The compiled kernels share their work out to threads of their own. torch keeps t
 each other at every operation, and where a core is busy with something else that turns microseconds into milliseconds.
 """
 
+import collections
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
 _ours = 0
 _users = 0
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def count() -> int:
@@ -51,6 +57,24 @@ def kept_from_torch() -> "Iterator[None]":
     after each, on the cores that the kernels' threads want."""
     with _set(1):
         yield
+
+
+def in_order(function: "Callable[[Item], Result]", items: "Iterable[Item]", workers: int) -> "Iterator[Result]":
+    """`function` of each item, in their order, on so many threads with one of torch's each: for items that take many
+    small operations. Items are taken from the calling thread, one more than there are workers at a time."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        under_way: collections.deque[Future[Result]] = collections.deque()
+        try:
+            for item in items:
+                under_way.append(pool.submit(function, item))
+                if len(under_way) > workers:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(threads)  # threads that start later get what was set last
 
 
 @contextlib.contextmanager

@@ -22,6 +22,12 @@ def add(commands: Any) -> None:
     parser.add_argument("target", help="the folder to write; a killed run resumes")
     parser.add_argument("--receipt", metavar="TEXT", help="measure the packed model on this file and keep the figures")
     parser.add_argument("--windows", type=int, metavar="N", help="with --receipt: the first N windows (default: all)")
+    parser.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        type=Path,
+        help="round experts for the inputs that they get on this text: smaller divergence in the same bytes",
+    )
     shared.add_bits(parser)
     shared.add_common(parser)
     parser.set_defaults(execute=execute)
@@ -39,13 +45,15 @@ def execute(options: argparse.Namespace) -> int:
         raise ConfigError("--windows goes with --receipt: give a text to measure on")
     bits = library.settled_bits(options.source, shared.bits_of(options))
     text = None if options.receipt is None else read_text(options.receipt)
+    if options.calibrate is not None:
+        read_text(options.calibrate)  # refuses what cannot be read before hours of fetching
     if library.is_demo(options.source):
         source = library.demo_checkpoint()
     else:
         source = resolve(options.source, Path(options.target), PackSettings(**bits).bits_per_weight)
     if text is not None:
         windows_of(source, text, most=options.windows)  # refuses what cannot be measured before hours of packing
-    packed = pack(source, options.target, **bits)
+    packed = pack(source, options.target, **bits, calibrate=options.calibrate)
     manifest = packed.manifest
     report: dict[str, Any] = {
         "target": str(packed.folder),

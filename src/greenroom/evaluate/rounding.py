@@ -43,7 +43,7 @@ class Rounding:
         return value.to(self._plain.get(name, value.dtype))
 
     def of_expert(
-        self, checkpoint: Checkpoint, module: seam.ExpertsModule, weights: "dict[str, torch.Tensor]"
+        self, checkpoint: Checkpoint, module: seam.ExpertsModule, expert: int, weights: "dict[str, torch.Tensor]"
     ) -> "dict[str, torch.Tensor]":
         """An `original.ExpertTransform`: what packing does to an expert before it rounds."""
         return balanced(checkpoint, module, weights, self._experts[module.name, "down_proj"])

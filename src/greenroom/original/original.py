@@ -30,8 +30,8 @@ Transform = Callable[[str, torch.Tensor], torch.Tensor]
 """(name of a weight, its value as read) → the value to compute with. An expert's weights are called
 `<experts module>.<expert>.<parameter>` and come as [out_features, in_features], biases as [1, features]; all others
 have the model's own names and shapes."""
-ExpertTransform = Callable[[Checkpoint, seam.ExpertsModule, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor]"]
-"""(checkpoint, module, an expert's parameters as `Checkpoint.expert` gives them) → those that `Transform` then sees."""
+ExpertTransform = Callable[[Checkpoint, seam.ExpertsModule, int, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor]"]
+"""(checkpoint, module, expert, its parameters as `Checkpoint.expert` gives them) → those that `Transform` then sees."""
 
 OnExperts = Callable[[seam.ExpertsModule, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """(the module whose weights they have, hidden states float32 [T, hidden], top_k_index [T, k], top_k_weights [T, k])"""
@@ -238,7 +238,7 @@ class Original:
         """One expert's parameters in float32, [out_features, in_features], biases [1, features]."""
         tensors = self.checkpoint.expert(spec, expert)
         if self._of_expert is not None:
-            tensors = self._of_expert(self.checkpoint, spec, tensors)
+            tensors = self._of_expert(self.checkpoint, spec, expert, tensors)
         if self._transform is not None:
             tensors = {name: self._transform(f"{spec.name}.{expert}.{name}", value) for name, value in tensors.items()}
         return {name: value.float() for name, value in tensors.items()}

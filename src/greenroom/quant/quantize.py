@@ -117,6 +117,14 @@ def dequantize(
     return out
 
 
+def grids(packed: torch.Tensor, layout: Layout, start: int, end: int) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Scales and zeros, float32 [end - start, groups], of rows start to end of a packed matrix of 2 to 8 bits."""
+    params = layout.view(packed, "row_params")[start:end].to(torch.float32)
+    scale = RowParams(params[:, 0:1], params[:, 1:2]).decode(layout.view(packed, "scale_codes")[start:end])
+    zero = RowParams(params[:, 2:3], params[:, 3:4]).decode(layout.view(packed, "zero_codes")[start:end])
+    return scale, zero
+
+
 def _layout_of(weight: torch.Tensor, format: Format) -> Layout:
     if weight.dim() != 2 or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ConfigError(f"only float matrices can be packed, not {weight.dtype} {list(weight.shape)}")
@@ -186,9 +194,7 @@ def _ungrouped(groups: torch.Tensor, layout: Layout) -> torch.Tensor:
 def _unpack_rows(packed: torch.Tensor, layout: Layout, start: int, end: int, out: torch.Tensor) -> None:
     """Rows start to end into out [end - start, cols] of any float dtype."""
     codes = bitpack.unpack(layout.view(packed, "codes")[start:end], layout.format.bits)
-    params = layout.view(packed, "row_params")[start:end].to(torch.float32)
-    scale = RowParams(params[:, 0:1], params[:, 1:2]).decode(layout.view(packed, "scale_codes")[start:end])
-    zero = RowParams(params[:, 2:3], params[:, 3:4]).decode(layout.view(packed, "zero_codes")[start:end])
+    scale, zero = grids(packed, layout, start, end)
     values = codes.to(torch.float32).view(end - start, layout.groups, layout.format.group_size)
     values.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
     out.copy_(values.view(end - start, -1)[:, : layout.cols])

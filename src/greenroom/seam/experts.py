@@ -122,14 +122,17 @@ def expert_output(module: Any, weights: "dict[str, torch.Tensor]", x: torch.Tens
 
     `weights`: parameter name → [rows, cols] as `ExpertParameter` has them, in x's dtype.
     """
-
-    def product(name: str, x: torch.Tensor) -> torch.Tensor:
-        bias = weights[f"{name}_bias"][0] if module.has_bias else None
-        return F.linear(x, weights[name], bias)
-
-    inner = product("gate_up_proj" if module.has_gate else "up_proj", x)
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    out = product("down_proj", inner)
+    out = _product(module, weights, "down_proj", expert_inner(module, weights, x))
     if module.has_post_expert_norm:
         out = module.post_expert_norm(out)
     return out
+
+
+def expert_inner(module: Any, weights: "dict[str, torch.Tensor]", x: torch.Tensor) -> torch.Tensor:
+    """What one expert's second product is given: x [n, hidden] → [n, intermediate]; `weights` as above."""
+    inner = _product(module, weights, "gate_up_proj" if module.has_gate else "up_proj", x)
+    return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[no-any-return]
+
+
+def _product(module: Any, weights: "dict[str, torch.Tensor]", name: str, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, weights[name], weights[f"{name}_bias"][0] if module.has_bias else None)
