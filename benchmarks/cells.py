@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gguf_file, limits, routing
+from benchmarks import gguf_file, limits
 from benchmarks.report import EIGHT_BITS
 from benchmarks.shapes import Pairing, Shape
 from benchmarks.turns import Worker
@@ -45,14 +45,14 @@ class Cell:
     def sequence(self, number: int) -> "dict[str, list[int]]":
         """The token ids of the trial `number`."""
         count = self.prompt + _WARM + self.tokens
-        ids = routing.token_ids(self.routing, self.shape.vocab, 4096 + number * count, count)
+        ids = self.shape.token_ids(self.routing, 4096 + number * count, count)
         return {"prompt": ids[: self.prompt], "warm": ids[self.prompt : -self.tokens], "timed": ids[-self.tokens :]}
 
     @property
     def first(self) -> "list[int]":
         """Tokens that touch every expert, so that a model that fits is there before it is timed."""
         count = 10 * self.shape.experts // self.shape.top_k  # leaves one expert in 20 000 out
-        return routing.token_ids("uniform", self.shape.vocab, 0, count) if self.fits == 1 else [1]
+        return self.shape.token_ids("uniform", 0, count) if self.fits == 1 else [1]
 
     def __str__(self) -> str:
         fits = "in RAM" if self.fits == 1 else f"{self.fits:.0%} fits, {self.routing}"
@@ -94,6 +94,7 @@ class Bench:
             "fits": cell.fits,
             "limit": limit,
             "routing": cell.routing,
+            "sequence": cell.shape.sequences[cell.routing],
             "prompt": cell.prompt,
             "tokens": cell.tokens,
             "nbytes": nbytes,

@@ -1,7 +1,8 @@
 """greenroom and llama.cpp in turns on this machine's CPU: `python -m benchmarks.cpu --quick`.
 
-Synthetic models of true shapes, all in RAM and under memory limits that count page cache. Prints the machine's floors
-first, then tables of medians; the last line is one JSON object. docs/performance.md says how to read it.
+Synthetic models of true shapes and the demo with more experts, all in RAM and under memory limits that count page
+cache. Prints the machine's floors first, then tables of medians; the last line is one JSON object.
+docs/performance.md says how to read it.
 """
 
 import argparse
@@ -18,15 +19,18 @@ from typing import Any, NoReturn
 from benchmarks import gguf_file, limits, report, routing, shapes
 from benchmarks import peer as llama
 from benchmarks.cells import Bench, Cell, floors
+from benchmarks.demo import DEMO
 from benchmarks.shapes import PAIRINGS, named
 from benchmarks.turns import TurnError
 from benchmarks.work import Work
 from greenroom import environment
 from greenroom.errors import ConfigError, GreenroomError
 
-SHAPES = {name: shape for name, shape in shapes.SHAPES.items() if shape.family in gguf_file.ARCHITECTURES}
+SHAPES = {shape.name: shape for shape in (*shapes.SHAPES.values(), DEMO) if shape.family in gguf_file.ARCHITECTURES}
 """Those that both engines run."""
-_FULL: "dict[str, Any]" = {"shapes": list(SHAPES), "bits": ["4", "3", "2"], "fits": [0.5, 0.25], "rounds": 3}
+_BITS = ("4", "3", "2")
+"""Of each shape where none are asked for, as far as it has them."""
+_FULL: "dict[str, Any]" = {"shapes": list(SHAPES), "fits": [0.5, 0.25], "rounds": 3}
 _QUICK: "dict[str, Any]" = {"shapes": ["qwen3-30b-a3b-12"], "bits": ["4"], "fits": [0.5], "rounds": 2}
 
 
@@ -137,17 +141,18 @@ def _cells(options: argparse.Namespace) -> "list[Cell]":
             raise ConfigError(reason)
         print(f"benchmarks.cpu: nothing is limited: {reason}", file=sys.stderr)
         settings = [(fits, kind) for fits, kind in settings if fits == 1]
+    wanted = [named(SHAPES, shape, "shape") for shape in options.shapes]
     return [
         Cell(
-            shape=named(SHAPES, shape, "shape"),
-            pairing=named(PAIRINGS, pairing, "width"),
+            shape=shape,
+            pairing=named(shape.pairings, bits, f"width of {shape.name}"),
             fits=fits,
             routing=kind,
             prompt=options.prompt or (512 if fits == 1 else 128),
             tokens=options.tokens or (64 if fits == 1 else 32),
         )
-        for shape in options.shapes
-        for pairing in options.bits
+        for shape in wanted
+        for bits in options.bits or [bits for bits in _BITS if bits in shape.pairings]
         for fits, kind in settings
     ]
 

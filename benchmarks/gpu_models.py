@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import synthetic
+from benchmarks import packed_folder
 from benchmarks.shapes import PAIRINGS, SHAPES, Shape
 from greenroom.packed import PackedModel
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What a model is written as: `pairing` names its experts' format, `distinct` is `synthetic.write`'s."""
+    """What a model is written as: `pairing` names its experts' format, `distinct` is `packed_folder.write`'s."""
 
     shape: Shape
     pairing: str
@@ -42,7 +42,7 @@ def say(text: str) -> None:
 def write(folder: Path, model: Model) -> None:
     """Write one packed model."""
     start_s = time.monotonic()
-    synthetic.write(folder, model.shape, PAIRINGS[model.pairing], model.distinct)
+    packed_folder.write(folder, model.shape, PAIRINGS[model.pairing], model.distinct)
     say(f"{folder.name} is written: {time.monotonic() - start_s:.0f} s")
 
 

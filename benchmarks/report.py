@@ -22,7 +22,7 @@ def tables(rows: "list[Row]") -> str:
         parts.append("\n".join([_RAM_HEAD, *map(_ram_line, ram)]))
     if limited := [row for row in rows if row["fits"] < 1]:
         parts.append("\n".join([_LIMITED_HEAD, *map(_limited_line, limited)]))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *_sequences(rows)])
 
 
 _RAM_HEAD = """\
@@ -76,6 +76,17 @@ def _limited_line(row: Row) -> str:
         f"**{ratio(row):.2f}**" if peer else "–",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _sequences(rows: "list[Row]") -> "list[str]":
+    """One line for each shape: what its tokens are."""
+    made: dict[str, dict[str, str]] = {}
+    for row in rows:
+        made.setdefault(row["shape"], {})[row["routing"]] = row["sequence"]
+    return [
+        f"{shape}: " + ", ".join(f"{kind} is {tokens}" for kind, tokens in found.items())
+        for shape, found in made.items()
+    ]
 
 
 def best_peer(row: Row) -> "str | None":

@@ -4,12 +4,49 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks import routing
+from benchmarks.synthetic import Synthetic
+from benchmarks.weights import Weights
 from greenroom.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Pairing:
+    """What is compared: experts of `bits` in groups of `group_size` here, of the quantisation `peer` there.
+
+    Attention and head are 4-bit g64 here and `peer_dense` there, routers float, embeddings 16-bit in both.
+    """
+
+    name: str
+    bits: int
+    group_size: int
+    peer: str
+    peer_dense: str = "Q4_K"
+
+    @property
+    def ours(self) -> str:
+        """The experts' format here, for people."""
+        return f"{self.bits}-bit g{self.group_size}"
+
+
+PAIRINGS = {
+    pairing.name: pairing
+    for pairing in (
+        Pairing(name="4", bits=4, group_size=64, peer="Q4_K"),
+        Pairing(name="3", bits=3, group_size=64, peer="Q3_K"),
+        Pairing(name="2", bits=2, group_size=16, peer="Q2_K"),
+        Pairing(name="2g32", bits=2, group_size=32, peer="Q2_K"),
+    )
+}
+"""Name on the command line → pairing. `2` is greenroom's own choice at two bits and larger than Q2_K; `2g32` is not."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of a Mixture-of-Experts model. `family` is transformers' model_type, one of `_OWN`."""
+    """The sizes of a Mixture-of-Experts model. `family` is transformers' model_type, one of `_OWN`.
+
+    Its weights are synthetic; what has others overrides `pairings`, `sequences`, `token_ids` and `weights`.
+    """
 
     name: str
     family: str
@@ -34,6 +71,24 @@ class Shape:
         return int(experts * (bits + 1.1) / 8 + (attention + self.vocab * self.hidden) * 4.6 / 8) + (
             2 * self.vocab * self.hidden
         )
+
+    @property
+    def pairings(self) -> "dict[str, Pairing]":
+        """Name on the command line → what can be compared."""
+        return PAIRINGS
+
+    @property
+    def sequences(self) -> "dict[str, str]":
+        """Routing → the tokens that make it, for people."""
+        return {"lifelike": "consecutive ids", "uniform": "ids far apart"}
+
+    def token_ids(self, kind: str, start: int, count: int) -> "list[int]":
+        """`count` ids of a sequence of routing `kind`; different starts give different pieces of one long sequence."""
+        return routing.token_ids(kind, self.vocab, start, count)
+
+    def weights(self, largest: int = 0) -> Weights:
+        """What fills the model's files; no linear or record of a packed one has more than `largest` bytes."""
+        return Synthetic(largest)
 
     def config(self) -> "dict[str, Any]":
         """What transformers' config.json says."""
@@ -154,36 +209,6 @@ _GPT_OSS = Shape(
 
 SHAPES = {shape.name: shape for shape in (_qwen3(12), _qwen3(48), _MIXTRAL, _GPT_OSS)}
 """Name on the command line → shape; the last number is how many of the model's layers there are."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pairing:
-    """What is compared: experts of `bits` in groups of `group_size` here, of the quantisation `peer` there.
-
-    Attention and head are 4-bit g64 here and Q4_K there, routers float, embeddings 16-bit in both.
-    """
-
-    name: str
-    bits: int
-    group_size: int
-    peer: str
-
-    @property
-    def ours(self) -> str:
-        """The experts' format here, for people."""
-        return f"{self.bits}-bit g{self.group_size}"
-
-
-PAIRINGS = {
-    pairing.name: pairing
-    for pairing in (
-        Pairing(name="4", bits=4, group_size=64, peer="Q4_K"),
-        Pairing(name="3", bits=3, group_size=64, peer="Q3_K"),
-        Pairing(name="2", bits=2, group_size=16, peer="Q2_K"),
-        Pairing(name="2g32", bits=2, group_size=32, peer="Q2_K"),
-    )
-}
-"""Name on the command line → pairing. `2` is greenroom's own choice at two bits and larger than Q2_K; `2g32` is not."""
 
 
 def named(known: "dict[str, Any]", name: str, what: str) -> Any:

@@ -1,10 +1,10 @@
-"""The folder that holds synthetic models between runs."""
+"""The folder that holds the models between runs."""
 
 import shutil
 import sys
 from pathlib import Path
 
-from benchmarks import gguf_file, synthetic
+from benchmarks import gguf_file, packed_folder
 from benchmarks.shapes import Pairing, Shape
 from greenroom.errors import ConfigError
 from greenroom.sizes import format_bytes
@@ -34,9 +34,9 @@ class Work:
         for path in missing:
             print(f"building {path}", file=sys.stderr, flush=True)
             if path is ours:
-                synthetic.write(path, shape, pairing)
+                packed_folder.write(path, shape, pairing)
             else:
-                gguf_file.write(path, shape, pairing.peer)
+                gguf_file.write(path, shape, pairing)
         return ours, theirs if peer else None
 
     def clean(self) -> None:

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from benchmarks import cpu, gguf_file, limits, report, routing, synthetic
+from benchmarks import cpu, gguf_file, limits, packed_folder, report, routing
 from benchmarks.cells import Cell
 from benchmarks.shapes import PAIRINGS, SHAPES, Shape
 from benchmarks.turns import TurnError, Worker
@@ -55,7 +55,7 @@ def top_experts(shape: Shape, kind: str, count: int) -> "list[list[int]]":
 @pytest.mark.parametrize("shape", [TINY, TINY_MIXTRAL, TINY_GPT_OSS], ids=lambda shape: shape.name)
 @pytest.mark.parametrize("width", list(PAIRINGS))
 def test_a_synthetic_model_is_intact_and_routes_by_its_embeddings(tmp_path: Path, shape: Shape, width: str) -> None:
-    synthetic.write(tmp_path / "model", shape, PAIRINGS[width])
+    packed_folder.write(tmp_path / "model", shape, PAIRINGS[width])
     packed = PackedModel(tmp_path / "model")
     assert packed.verify() == []
     tensors = [tensor for entry in packed.manifest.experts for tensor in entry.tensors]
@@ -76,7 +76,7 @@ def test_a_synthetic_model_is_intact_and_routes_by_its_embeddings(tmp_path: Path
 
 
 def test_a_synthetic_gpt_oss_has_biases_and_sinks(tmp_path: Path) -> None:
-    synthetic.write(tmp_path / "model", TINY_GPT_OSS, PAIRINGS["4"])
+    packed_folder.write(tmp_path / "model", TINY_GPT_OSS, PAIRINGS["4"])
     packed = PackedModel(tmp_path / "model")
     plain = {entry.name: packed.read_tensor(entry) for entry in packed.manifest.tensors}
     entry = packed.manifest.experts[0]
@@ -97,7 +97,7 @@ def test_a_synthetic_gpt_oss_has_biases_and_sinks(tmp_path: Path) -> None:
 
 def test_a_synthetic_gpt_oss_s_logits_depend_on_its_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def logits(name: str) -> torch.Tensor:
-        synthetic.write(tmp_path / name, TINY_GPT_OSS, PAIRINGS["4"])
+        packed_folder.write(tmp_path / name, TINY_GPT_OSS, PAIRINGS["4"])
         engine = Engine(PackedModel(tmp_path / name), EngineSettings(experts_per_layer=2, context=256))
         config = engine.model.config
         assert (config.sliding_window, config.layer_types) == (128, ["sliding_attention", "full_attention"])
@@ -122,7 +122,7 @@ def test_layers_may_repeat_the_experts_of_others(tmp_path: Path, monkeypatch: py
     if not links:
         monkeypatch.setattr("os.link", refused)
     shape = dataclasses.replace(TINY, layers=12)  # of which some have longer names than those that they repeat
-    synthetic.write(tmp_path / "model", shape, PAIRINGS["2"], distinct=5)
+    packed_folder.write(tmp_path / "model", shape, PAIRINGS["2"], distinct=5)
     packed = PackedModel(tmp_path / "model")
     assert packed.verify() == []
     experts = packed.manifest.experts
@@ -140,10 +140,10 @@ def test_layers_may_repeat_the_experts_of_others(tmp_path: Path, monkeypatch: py
     assert any(experts[11].module in line for line in packed.verify())
 
 
-@pytest.mark.parametrize("quantisation", ["Q4_K", "Q3_K", "Q2_K"])
-def test_a_gguf_file_holds_the_same_model(tmp_path: Path, quantisation: str) -> None:
+@pytest.mark.parametrize("width", ["4", "3", "2"])
+def test_a_gguf_file_holds_the_same_model(tmp_path: Path, width: str) -> None:
     path = tmp_path / "model.gguf"
-    gguf_file.write(path, TINY, quantisation)
+    gguf_file.write(path, TINY, PAIRINGS[width])
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     embedding = tensors["token_embd.weight"].data.reshape(TINY.vocab, TINY.hidden)
     assert (embedding == routing.embedding(TINY.vocab, TINY.hidden).float().numpy()).all()
@@ -152,7 +152,7 @@ def test_a_gguf_file_holds_the_same_model(tmp_path: Path, quantisation: str) -> 
         assert (router == routing.router(layer, TINY.experts, TINY.hidden).float().numpy()).all()
         for part, into_residual in (("up", False), ("down", True)):
             found = tensors[f"blk.{layer}.ffn_{part}_exps.weight"]
-            assert found.tensor_type.name == quantisation
+            assert found.tensor_type.name == PAIRINGS[width].peer
             values = gguf.dequantize(found.data, found.tensor_type)
             wanted = routing.deviation(256, into_residual=into_residual)
             assert values.std() == pytest.approx(wanted, rel=0.2)
@@ -163,7 +163,7 @@ def test_a_gguf_file_holds_the_same_model(tmp_path: Path, quantisation: str) -> 
 
 def test_bytes_per_token_count_the_routed_share_of_the_experts(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    gguf_file.write(path, TINY, "Q4_K")
+    gguf_file.write(path, TINY, PAIRINGS["4"])
     one = gguf_file.bytes_per_token(path, TINY)
     two = gguf_file.bytes_per_token(path, dataclasses.replace(TINY, top_k=4))
     experts = 3 * TINY.layers * TINY.hidden * TINY.intermediate * 144 // 256
@@ -212,8 +212,8 @@ def test_an_unfinished_file_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(routing, "router", fail)
     for write in (
-        lambda: synthetic.write(tmp_path / "model", TINY, PAIRINGS["4"]),
-        lambda: gguf_file.write(tmp_path / "model.gguf", TINY, "Q4_K"),
+        lambda: packed_folder.write(tmp_path / "model", TINY, PAIRINGS["4"]),
+        lambda: gguf_file.write(tmp_path / "model.gguf", TINY, PAIRINGS["4"]),
     ):
         with pytest.raises(KeyboardInterrupt):
             write()
@@ -304,6 +304,7 @@ def _row(ours: "list[float]", theirs: "list[float]", **more: float) -> "dict[str
         "shape": "tiny",
         "fits": 1.0,
         "routing": "uniform",
+        "sequence": "ids far apart",
         "formats": {"greenroom": "4-bit g64", "llama.cpp": "Q4_K"},
         "nbytes": {"greenroom": 5 * 10**9, "llama.cpp": 6 * 10**9},
         "touched_per_token": {"greenroom": 5 * 10**8, "llama.cpp": 6 * 10**8},
@@ -319,7 +320,8 @@ def test_the_table_takes_medians_and_the_peer_s_better_variant() -> None:
     assert report.ratio(row) == 2.0
     assert report.share_of_floor(row, "greenroom") == pytest.approx(0.6)
     assert "12.00 (10–50) | 0.60 | 15% | 6.00 (5–7) | 0.36 | **2.00**" in report.tables([row])
-    assert "uniform" in report.tables([_row([1.0], [1.0], fits=0.5)])
+    assert "| uniform |" in report.tables([_row([1.0], [1.0], fits=0.5)])
+    assert report.tables([row, row]).endswith("\n\ntiny: uniform is ids far apart")
 
 
 def test_bytes_that_differ_from_the_cache_core_s_are_told() -> None:
@@ -343,7 +345,8 @@ def test_disturbed_trials_are_told() -> None:
     [
         (["--shapes", "gpt-2"], "unknown shape"),
         (["--shapes", "gpt-oss-20b-24"], "unknown shape"),  # nobody writes its file for llama.cpp
-        (["--bits", "5"], "unknown width"),
+        (["--bits", "5"], "unknown width of qwen3-30b-a3b-12 '5'"),
+        (["--shapes", "demo-64", "--bits", "3"], "unknown width of demo-64 '3': choose from 4"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--fits", "50"], "between 0 and 1"),
         (["--json", "/nowhere/out.json"], "lies in no folder"),
@@ -380,7 +383,7 @@ def test_a_cell_that_fails_leaves_the_others(
 
 @pytest.mark.slow
 def test_greenroom_s_worker_reads_what_the_cache_core_predicts(tmp_path: Path) -> None:
-    synthetic.write(tmp_path / "model", TINY, PAIRINGS["4"])
+    packed_folder.write(tmp_path / "model", TINY, PAIRINGS["4"])
     job = {
         "model": str(tmp_path / "model"),
         "threads": 1,
