@@ -2,7 +2,8 @@
 
 The protocol is that of `greenroom eval --grid`: the same windows of the text, the original streamed with its weights
 rounded, KL divergence paired with the original. Experts alone are rounded, then attention in the same format, too; all
-else stays as it is. No calibration data take part on either side: no importance matrix. Formats that FILE holds already
+else stays as it is. Formats that end in "+" see another text, `--calibrate`: experts then get the codes of `pack
+--calibrate`, llama.cpp's an importance matrix of the same inputs; the others see none. Formats that FILE holds already
 are not measured again. `peer_rounding` says what rounds how, `peer_quality_page` makes the tables of docs/quality.md.
 """
 
@@ -11,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ import torch
 from benchmarks import peer as peers
 from benchmarks.peer_rounding import Way, peer, way
 from greenroom import library, seam
+from greenroom.calibration import Calibration
+from greenroom.calibration import windows_of as calibration_windows
 from greenroom.checkpoint import resolve
 from greenroom.errors import ConfigError, GreenroomError
 from greenroom.evaluate import score, summarise, windows_of
@@ -61,12 +65,7 @@ class Judge:
     @contextlib.contextmanager
     def _rounded(self, one: Way) -> "Iterator[Original]":
         """The model with experts rounded `one` way; half of a batch goes through attention that is rounded, too."""
-        modules = {module.name for module in self._reference.checkpoint.experts}
-
-        def transform(name: str, value: torch.Tensor) -> torch.Tensor:
-            return one.round(value) if name.rsplit(".", 2)[0] in modules else value
-
-        with Original(self._folder, transform, one.of_expert) as original:
+        with Original(self._folder, of_expert=one.of_expert) as original:
             for path in _attention_paths(original):
                 linear = original.model.get_submodule(path)
                 seam.replace(original.model, path, SharesLinear(linear, [torch.Tensor.float, one.round]))
@@ -108,13 +107,22 @@ def measure(options: argparse.Namespace) -> None:
         states = stack.enter_context(contextlib.closing(stream(reference, windows, available_memory() // 2)))
         process = stack.enter_context(peer(options.peer))
         judge = Judge(folder, windows, reference, states)
+        calibration = _calibration(stack, folder, options.calibrate)
         for name in options.formats:
             if name in done:
                 continue
             report["engine"] = process.engine
-            report["rows"].append(judge.measure(way(name, process)))
+            report["rows"].append(judge.measure(way(name, process, calibration)))
             options.out.write_text(json.dumps(report, indent=1) + "\n")
             print(_line(report["rows"][-1]), flush=True)
+
+
+def _calibration(stack: contextlib.ExitStack, folder: Path, text: "Path | None") -> "Calibration | None":
+    if text is None:
+        return None
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    windows = calibration_windows(folder, Text.read(text))
+    return stack.enter_context(Calibration(folder, windows, scratch, available_memory() // 2))
 
 
 def _line(row: "dict[str, Any]") -> str:
@@ -132,6 +140,7 @@ def main() -> int:
     parser.add_argument("text", type=Path)
     parser.add_argument("formats", nargs="*", default=FORMATS, help="such as 4g64, Q4_K or Q4_K/Q5_0 (default: many)")
     parser.add_argument("--out", type=Path, required=True, help="the results, in JSON")
+    parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="another text, for formats that end in +")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--peer", type=Path, help="an interpreter that has llama_cpp (default: `benchmarks.peer`'s)")

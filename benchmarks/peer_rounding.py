@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from benchmarks.turns import Worker
+from greenroom.calibration import Calibration
 from greenroom.checkpoint import Checkpoint
 from greenroom.errors import ConfigError
 from greenroom.evaluate.rounding import rounded
 from greenroom.packing import balanced
-from greenroom.quant import Format, Layout
+from greenroom.quant import Format, Layout, dequantize, quantize, recode
 from greenroom.seam import ExpertsModule
 
 Kind = gguf.GGMLQuantizationType
@@ -34,6 +35,7 @@ FALLBACK = {
 }  # fmt: skip
 """What llama-quantize gives rows that are no whole blocks: `tensor_type_fallback` in llama.cpp's llama-quant.cpp."""
 
+CALIBRATED = "+"
 _LARGEST = 1 << 27
 """Weights of the largest matrix that can be handed over; the file is sparse."""
 
@@ -44,8 +46,8 @@ class Way(Protocol):
     name: str
     greenrooms: bool
 
-    def of_expert(self, checkpoint: Checkpoint, module: ExpertsModule, weights: Parameters) -> Parameters:
-        """What is done to an expert before its matrices are rounded."""
+    def of_expert(self, checkpoint: Checkpoint, module: ExpertsModule, expert: int, weights: Parameters) -> Parameters:
+        """An expert's matrices rounded, float32."""
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:
         """weight [rows, cols] rounded, float32."""
@@ -55,17 +57,26 @@ class Way(Protocol):
 
 
 class Packed:
-    """A format of greenroom's, "4g64", with the column scales that packing folds."""
+    """A format of greenroom's, "4g64", with the column scales that packing folds; "4g64+" has codes for the inputs."""
 
     greenrooms = True
 
-    def __init__(self, name: str) -> None:
-        bits, _, group_size = name.partition("g")
+    def __init__(self, name: str, calibration: "Calibration | None") -> None:
+        bits, _, group_size = name.removesuffix(CALIBRATED).partition("g")
         self.name, self._format = name, Format(bits=int(bits), group_size=int(group_size))
+        self._calibration = calibration
 
-    def of_expert(self, checkpoint: Checkpoint, module: ExpertsModule, weights: Parameters) -> Parameters:
-        """Column scales of the second matrix, in the first."""
-        return balanced(checkpoint, module, weights, self._format)
+    def of_expert(self, checkpoint: Checkpoint, module: ExpertsModule, expert: int, weights: Parameters) -> Parameters:
+        """With column scales of the second matrix in the first."""
+        weights = {name: value.float() for name, value in balanced(checkpoint, module, weights, self._format).items()}
+        given = _given(self._calibration, checkpoint, module, expert, weights)
+        return {name: self._rounded(value, given.get(name)) for name, value in weights.items()}
+
+    def _rounded(self, weight: torch.Tensor, inputs: "torch.Tensor | None") -> torch.Tensor:
+        packed = quantize(weight, self._format)
+        if inputs is not None:
+            recode(weight, self._format, packed, inputs)
+        return dequantize(packed, *weight.shape, self._format)
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:
         """As packed."""
@@ -77,25 +88,30 @@ class Packed:
 
 
 class Ggml:
-    """A type of llama.cpp's, "Q4_K"; "Q4_K/Q5_0" is what llama-quantize makes of it: the fallback where rows demand."""
+    """A type of llama.cpp's, "Q4_K"; "Q4_K/Q5_0" is what llama-quantize makes of it: the fallback where rows demand.
+    "Q4_K+" has an importance matrix: the mean squares of what each column of an expert's matrix is given."""
 
     greenrooms = False
 
-    def __init__(self, name: str, peer: "Peer") -> None:
-        kind, _, fallback = name.partition("/")
+    def __init__(self, name: str, peer: "Peer", calibration: "Calibration | None") -> None:
+        kind, _, fallback = name.removesuffix(CALIBRATED).partition("/")
+        self._calibration = calibration
         self.name, self._peer, self._kind = name, peer, Kind[kind]
         if fallback and FALLBACK.get(self._kind) != Kind[fallback]:
             raise ConfigError(f"llama-quantize does not fall back so: {name}")
         self._fallback = Kind[fallback] if fallback else None
 
-    def of_expert(self, checkpoint: Checkpoint, module: ExpertsModule, weights: Parameters) -> Parameters:
-        """As it is."""
-        return weights
+    def of_expert(self, checkpoint: Checkpoint, module: ExpertsModule, expert: int, weights: Parameters) -> Parameters:
+        """By llama.cpp."""
+        weights = {name: value.float() for name, value in weights.items()}
+        given = _given(self._calibration, checkpoint, module, expert, weights)
+        return {name: self.round(value, given.get(name)) for name, value in weights.items()}
 
-    def round(self, weight: torch.Tensor) -> torch.Tensor:
+    def round(self, weight: torch.Tensor, inputs: "torch.Tensor | None" = None) -> torch.Tensor:
         """By llama.cpp."""
         kind, columns = self._cut(*weight.shape)
-        out, nbytes = self._peer.round(kind, weight.float().reshape(-1, columns))
+        importance = None if inputs is None else inputs.square().mean(0).repeat(columns // weight.shape[1])
+        out, nbytes = self._peer.round(kind, weight.float().reshape(-1, columns), importance)
         assert nbytes == self.nbytes(*weight.shape), "llama.cpp wrote another number of bytes"
         return out.view(weight.shape)
 
@@ -124,12 +140,14 @@ class Peer:
         self.engine = str(worker.about["engine"])
         self._worker, self._matrix = worker, matrix
 
-    def round(self, kind: Kind, weight: torch.Tensor) -> "tuple[torch.Tensor, int]":
-        """float32 [rows, columns] rounded, and its bytes."""
+    def round(self, kind: Kind, weight: torch.Tensor, importance: "torch.Tensor | None") -> "tuple[torch.Tensor, int]":
+        """float32 [rows, columns] rounded, and its bytes; importance: float32 [columns]."""
         rows, columns = weight.shape
         place = self._matrix[: rows * columns].reshape(rows, columns)
         place[:] = weight.numpy()
-        nbytes = self._worker.trial({"kind": int(kind), "rows": rows, "columns": columns, "importance": None})["nbytes"]
+        weights = None if importance is None else importance.tolist()
+        job = {"kind": int(kind), "rows": rows, "columns": columns, "importance": weights}
+        nbytes = self._worker.trial(job)["nbytes"]
         return torch.from_numpy(place.copy()), nbytes
 
 
@@ -143,9 +161,22 @@ def peer(python: Path) -> "Iterator[Peer]":
             yield Peer(process, np.memmap(file.name, np.float32, "r+"))
 
 
-def way(name: str, peer: "Peer") -> Way:
-    """The way of this name. Raises ConfigError where there is none."""
+def _given(
+    calibration: "Calibration | None", checkpoint: Checkpoint, module: ExpertsModule, expert: int, weights: Parameters
+) -> Parameters:
+    """What each matrix of an expert is given on the calibration's text; nothing without one."""
+    inputs = None if calibration is None else calibration.inputs(module)
+    return {} if inputs is None else inputs.of_matrices(expert, checkpoint.model.get_submodule(module.name), weights)
+
+
+def way(name: str, peer: "Peer", calibration: "Calibration | None" = None) -> Way:
+    """The way of this name; one that ends in "+" sees what the experts are given on a text. Raises ConfigError where
+    there is none."""
+    if not name.endswith(CALIBRATED):
+        calibration = None
+    elif calibration is None:
+        raise ConfigError(f"{name} sees a text: give one with --calibrate")
     try:
-        return Packed(name) if name[:1].isdigit() else Ggml(name, peer)
+        return Packed(name, calibration) if name[:1].isdigit() else Ggml(name, peer, calibration)
     except (KeyError, ValueError) as error:
         raise ConfigError(f"no format is called {name}: give one such as 4g64, Q4_K or Q4_K/Q5_0") from error

@@ -440,13 +440,15 @@ def test_bits_for_the_same_divergence_by_hand() -> None:
 
 
 class Halving:
-    """A peer that halves what it is shown, and notes in which rows."""
+    """A peer that halves what it is shown, and notes in which rows, and what it is told of their columns."""
 
     def __init__(self) -> None:
         self.shown: list[tuple[str, tuple[int, ...]]] = []
+        self.told: list[torch.Tensor | None] = []
 
-    def round(self, kind: Any, weight: torch.Tensor) -> "tuple[torch.Tensor, int]":
+    def round(self, kind: Any, weight: torch.Tensor, importance: "torch.Tensor | None") -> "tuple[torch.Tensor, int]":
         self.shown.append((kind.name, tuple(weight.shape)))
+        self.told.append(importance)
         block, nbytes = gguf.GGML_QUANT_SIZES[kind]
         return weight / 2, weight.numel() // block * nbytes
 
@@ -471,6 +473,23 @@ def test_rows_that_are_no_whole_blocks(
     one, weight = way(name, peer), torch.randn(*shape)
     assert torch.equal(one.round(weight), weight / 2) and peer.shown == [shown]
     assert one.nbytes(*shape) * 8 == bits * weight.numel()
+
+
+def test_joined_rows_are_as_important_as_they_are() -> None:
+    from benchmarks.peer_rounding import Ggml
+
+    peer, inputs = Halving(), torch.tensor([[1.0, 2.0, 3.0] * 192, [0.0] * 576])
+    Ggml("Q4_K+", peer, None).round(torch.randn(8, 576), inputs)
+    assert peer.shown == [("Q4_K", (2, 2304))] and peer.told[0] is not None
+    assert peer.told[0].tolist() == [0.5, 2.0, 4.5] * 768
+
+
+@pytest.mark.parametrize("name", ["4g64+", "Q4_K+"])
+def test_a_format_for_a_text_wants_one(name: str) -> None:
+    from benchmarks.peer_rounding import way
+
+    with pytest.raises(ConfigError, match="--calibrate"):
+        way(name, Halving())
 
 
 @pytest.mark.parametrize("name", ["Q9_K", "4g65", "4x", "Q4_K/Q4_0", ""])
