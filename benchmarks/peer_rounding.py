@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.turns import Worker
-from greenroom.calibration import Calibration
+from greenroom.calibration import Calibration, Given
 from greenroom.checkpoint import Checkpoint
 from greenroom.errors import ConfigError
 from greenroom.evaluate.rounding import rounded
@@ -72,10 +72,10 @@ class Packed:
         given = _given(self._calibration, checkpoint, module, expert, weights)
         return {name: self._rounded(value, given.get(name)) for name, value in weights.items()}
 
-    def _rounded(self, weight: torch.Tensor, inputs: "torch.Tensor | None") -> torch.Tensor:
+    def _rounded(self, weight: torch.Tensor, given: "Given | None") -> torch.Tensor:
         packed = quantize(weight, self._format)
-        if inputs is not None:
-            recode(weight, self._format, packed, inputs)
+        if given is not None:
+            recode(weight, self._format, packed, *given)
         return dequantize(packed, *weight.shape, self._format)
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:
@@ -105,7 +105,9 @@ class Ggml:
         """By llama.cpp."""
         weights = {name: value.float() for name, value in weights.items()}
         given = _given(self._calibration, checkpoint, module, expert, weights)
-        return {name: self.round(value, given.get(name)) for name, value in weights.items()}
+        return {
+            name: self.round(value, given[name].inputs if name in given else None) for name, value in weights.items()
+        }
 
     def round(self, weight: torch.Tensor, inputs: "torch.Tensor | None" = None) -> torch.Tensor:
         """By llama.cpp."""
@@ -163,7 +165,7 @@ def peer(python: Path) -> "Iterator[Peer]":
 
 def _given(
     calibration: "Calibration | None", checkpoint: Checkpoint, module: ExpertsModule, expert: int, weights: Parameters
-) -> Parameters:
+) -> "dict[str, Given]":
     """What each matrix of an expert is given on the calibration's text; nothing without one."""
     inputs = None if calibration is None else calibration.inputs(module)
     return {} if inputs is None else inputs.of_matrices(expert, checkpoint.model.get_submodule(module.name), weights)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,11 +164,10 @@ def test_an_expert_is_given_its_own_tokens_and_where_they_are_few_others_too(mon
     weights = torch.stack([torch.full((40,), 0.75), torch.full((40,), 0.25)], dim=1)
     inputs = Inputs(states, index, weights)
     monkeypatch.setattr(calibration, "_ENOUGH", 10)
-    monkeypatch.setattr(calibration, "_MOST", 12)
     x, roots = inputs.of(1)
     assert x[:, 0].tolist() == list(range(1, 40, 4)) and roots.unique().tolist() == [0.75]
-    x, roots = inputs.of(5)  # twenty are more than twelve
-    assert x[:, 0].tolist() == list(range(1, 40, 4)) and roots.unique().tolist() == [0.25]
+    x, roots = inputs.of(5)
+    assert x[:, 0].tolist() == list(range(1, 40, 2)) and roots.unique().tolist() == [0.25]
     monkeypatch.setattr(calibration, "_ENOUGH", 14)
     x, roots = inputs.of(1)
     assert x[:, 0].tolist() == [*range(1, 40, 4), 0, 10, 20, 30]
@@ -195,3 +195,16 @@ def test_the_comparison_with_llama_cpp_rounds_as_packing_does(
         packed = dequantize(tensor.part(record), tensor.rows, tensor.cols, tensor.format)
         assert torch.equal(found["2g16+"][tensor.name], packed)
         assert not torch.equal(found["2g16"][tensor.name], packed), "control"
+
+
+def test_what_all_are_given_counts_as_a_few_tokens() -> None:
+    states = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    inputs = Inputs(states, torch.zeros(3000, 1, dtype=torch.int32), torch.full((3000, 1), 0.5))
+    expected = states.float().T @ states.float() / 3000
+    torch.testing.assert_close(inputs.moments, expected)
+    weights = {"up_proj": torch.randn(4, 8), "down_proj": torch.randn(8, 4)}
+    module = SimpleNamespace(has_gate=False, has_bias=False, act_fn=torch.relu)
+    given = inputs.of_matrices(0, module, weights)
+    assert given["up_proj"].prior is not None and given["down_proj"].prior is None
+    torch.testing.assert_close(given["up_proj"].prior, expected * (0.25 * 8 * 0.5**2))
+    torch.testing.assert_close(given["down_proj"].inputs, 0.5 * torch.relu(states.float() @ weights["up_proj"].T))

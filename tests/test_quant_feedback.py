@@ -108,6 +108,18 @@ def test_it_is_what_the_formula_says(block: int, monkeypatch: pytest.MonkeyPatch
     assert share() < 0.99
 
 
+def test_a_prior_is_as_good_as_its_inputs() -> None:
+    weight, format, inputs = matrix(12, 96), Format.of(3), correlated(300, 96)
+    packed, prior = quantize(weight, format), inputs[100:].T @ inputs[100:]
+    recode(weight, format, packed, inputs[:100], prior)
+    codes = [
+        dequantize(one, 12, 96, format)
+        for one in (packed, recoded(weight, format, inputs), recoded(weight, format, inputs[:100]))
+    ]
+    assert (codes[0] == codes[1]).float().mean() > 0.998
+    assert (codes[0] == codes[2]).float().mean() < 0.99, "control"
+
+
 def test_what_cannot_be_is_refused() -> None:
     weight = matrix(4, 64)
     with pytest.raises(ConfigError, match="16-bit"):

@@ -7,7 +7,7 @@ the hidden states of the tokens that are routed to it, and what its own first pr
 import functools
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,25 +27,33 @@ _FEWEST_WINDOWS = 4
 _ENOUGH = 1024
 """Tokens: an expert that is routed fewer is also given others', whose errors weigh `_STRANGERS` of its own."""
 _STRANGERS = 0.1
-_MOST = 4096
-"""Tokens that an expert is given at most: bounds memory and time."""
+_PRIOR = 0.25
+"""For each column as many tokens' worth of what all experts of the layer are given: an expert of many sees too few of
+its own for a matrix of moments."""
+
+
+class Given(NamedTuple):
+    """What a matrix is given: `quant.recode`'s arguments."""
+
+    inputs: torch.Tensor
+    prior: "torch.Tensor | None"
 
 
 class Inputs:
     """What the experts of one module were given.
 
     `states`: bfloat16 [T, hidden]; `index`: int32 [T, k], which experts a token went to; `weights`: float32 [T, k].
+    `moments`: the mean of x xᵀ over all states, float32 [hidden, hidden].
     """
 
     def __init__(self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
         self.states, self.index, self.weights = states, index, weights
+        self.moments = _moments(states)
 
     def of(self, expert: int) -> "tuple[torch.Tensor, torch.Tensor]":
         """(hidden states float32 [n, hidden], roots of what errors on them weigh, float32 [n, 1]) of an expert: the
         square of the router's weight for its own tokens."""
         tokens, places = torch.where(self.index == expert)
-        step = -(-len(tokens) // _MOST) or 1
-        tokens, places = tokens[::step], places[::step]
         roots = self.weights[tokens, places]
         missing = min(_ENOUGH - len(tokens), len(self.states))
         if missing > 0:
@@ -55,8 +63,8 @@ class Inputs:
             roots = torch.cat((roots, (own * _STRANGERS).sqrt().expand(missing)))
         return self.states[tokens].float(), roots[:, None]
 
-    def of_matrices(self, expert: int, module: Any, weights: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-        """What each matrix of an expert is given, times the roots, float32 [n, cols], by its name.
+    def of_matrices(self, expert: int, module: Any, weights: "dict[str, torch.Tensor]") -> "dict[str, Given]":
+        """What each matrix of an expert is given, by its name.
 
         `module`: transformers' module of the experts; `weights`: the expert's, float32, as `seam.expert_output` has
         them.
@@ -65,7 +73,16 @@ class Inputs:
         with torch.no_grad():
             inner = seam.expert_inner(module, weights, x)
         first = next(name for name in ("gate_up_proj", "up_proj") if name in weights)
-        return {first: x * roots, "down_proj": inner * roots}
+        prior = self.moments * (_PRIOR * x.shape[1] * roots.square().mean())
+        return {first: Given(x * roots, prior), "down_proj": Given(inner * roots, None)}
+
+
+def _moments(states: torch.Tensor) -> torch.Tensor:
+    """The mean of x xᵀ over bfloat16 [T, hidden], float32 [hidden, hidden]."""
+    total = torch.zeros(states.shape[1], states.shape[1])
+    for some in torch.split(states, _ENOUGH):
+        total.addmm_(some.float().T, some.float())
+    return total / len(states)
 
 
 class Calibration:

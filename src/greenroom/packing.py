@@ -245,7 +245,7 @@ class _Packing:
             weights = {name: weight.float() for name, weight in weights.items()}
             given = inputs.of_matrices(expert, self.checkpoint.model.get_submodule(module.name), weights)
             for tensor in matrices:
-                recode(weights[tensor.name], tensor.format, tensor.part(record), given[tensor.name])
+                recode(weights[tensor.name], tensor.format, tensor.part(record), *given[tensor.name])
         return record
 
     def _dense_files(self) -> "list[tuple[_File, list[_DenseOutput]]]":

@@ -24,11 +24,18 @@ _STEP = 128
 """Columns whose errors reach the later ones in one product."""
 
 
-def recode(weight: torch.Tensor, format: Format, packed: torch.Tensor, inputs: torch.Tensor) -> None:
+def recode(
+    weight: torch.Tensor,
+    format: Format,
+    packed: torch.Tensor,
+    inputs: torch.Tensor,
+    prior: "torch.Tensor | None" = None,
+) -> None:
     """Choose the codes of a packed matrix anew, for the outputs on `inputs`.
 
     weight: float [rows, cols], as `quantize` took it; packed: what it gave, uint8 [Layout.nbytes], changed in place.
     inputs: float32 [n, cols], each times the root of what its error weighs; with no inputs codes are the nearest.
+    prior: float32 [cols, cols], Σ x xᵀ of others that are added to them.
     Raises ConfigError for 16 bits, which have no codes, and for inputs that are not finite.
     """
     if format.bits == 16:
@@ -37,17 +44,18 @@ def recode(weight: torch.Tensor, format: Format, packed: torch.Tensor, inputs: t
     steps = max(1, _CHUNK // layout.padded_cols)
     for start in range(0, layout.cols, BLOCK):
         cols = slice(start, min(start + BLOCK, layout.cols))
-        order, spread = _spread(inputs[:, cols])
+        moments = inputs[:, cols].T @ inputs[:, cols]
+        order, spread = _spread(moments if prior is None else moments.add_(prior[cols, cols]))
         for row in range(0, layout.rows, steps):
             _recode_rows(weight, layout, packed, slice(row, min(row + steps, layout.rows)), cols, order, spread)
 
 
-def _spread(inputs: torch.Tensor) -> "tuple[torch.Tensor, torch.Tensor]":
+def _spread(moments: torch.Tensor) -> "tuple[torch.Tensor, torch.Tensor]":
     """The order of columns, int64 [n], and U of H⁻¹ = Uᵀ U in that order with rows divided by the diagonal, [n, n].
 
-    H = R Rᵀ with R upper triangular makes U = R⁻¹: one factorisation, from the last row to the first.
+    `moments` [n, n] becomes H. H = R Rᵀ with R upper triangular makes U = R⁻¹: one factorisation, from the last row to
+    the first.
     """
-    moments = inputs.T @ inputs
     mean = float(moments.diagonal().mean())
     if not mean < float("inf"):  # a NaN, too
         raise ConfigError("the inputs have values that are not finite")
