@@ -23,7 +23,7 @@ from greenroom.checkpoint import Checkpoint
 from greenroom.errors import ConfigError
 from greenroom.evaluate.rounding import rounded
 from greenroom.packing import balanced
-from greenroom.quant import Format, Layout, dequantize, quantize, recode
+from greenroom.quant import Format, Layout, dequantize, quantize_for
 from greenroom.seam import ExpertsModule
 
 Kind = gguf.GGMLQuantizationType
@@ -73,9 +73,10 @@ class Packed:
         return {name: self._rounded(value, given.get(name)) for name, value in weights.items()}
 
     def _rounded(self, weight: torch.Tensor, given: "Given | None") -> torch.Tensor:
-        packed = quantize(weight, self._format)
-        if given is not None:
-            recode(weight, self._format, packed, *given)
+        if given is None:
+            return rounded(weight, self._format)
+        packed = torch.empty(self.nbytes(*weight.shape), dtype=torch.uint8)
+        quantize_for(weight, self._format, packed, *given)
         return dequantize(packed, *weight.shape, self._format)
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:

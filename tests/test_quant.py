@@ -31,7 +31,7 @@ def back(packed, W, format, **slices):
 def test_public_names():
     assert quant.__all__ == [
         "ALIGNMENT", "BITS", "DEFAULT_GROUP_SIZE", "DTYPES", "GROUP_SIZES", "Format", "Layout", "QuantizeReport",
-        "balance", "dequantize", "quantize", "quantize_into",
+        "balance", "dequantize", "quantize", "quantize_for", "quantize_into",
     ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from greenroom.errors import ConfigError
-from greenroom.quant import Format, Layout, dequantize, feedback, quantize, recode
+from greenroom.quant import Format, Layout, dequantize, feedback, quantize, quantize_for
 from greenroom.quant import bits as bitpack
 from greenroom.quant.quantize import grids
 
@@ -28,10 +28,29 @@ def error(weight: torch.Tensor, packed: torch.Tensor, format: Format, inputs: to
     return float((inputs @ difference.T).norm() / (inputs @ weight.T).norm())
 
 
-def recoded(weight: torch.Tensor, format: Format, inputs: torch.Tensor) -> torch.Tensor:
-    packed = quantize(weight, format)
-    recode(weight, format, packed, inputs)
+def calibrated(
+    weight: torch.Tensor, format: Format, inputs: torch.Tensor, prior: "torch.Tensor | None" = None
+) -> torch.Tensor:
+    packed = torch.empty(Layout(*weight.shape, format).nbytes, dtype=torch.uint8)
+    quantize_for(weight, format, packed, inputs, prior)
     return packed
+
+
+def nearest(weight: torch.Tensor, format: Format, packed: torch.Tensor) -> torch.Tensor:
+    """The codes nearest to the weights on the grids of `packed`, int [rows, cols]."""
+    scale, zero = spread_grids(weight, format, packed)
+    return (weight / scale + zero).round().clamp(0, format.top).long()
+
+
+def spread_grids(weight: torch.Tensor, format: Format, packed: torch.Tensor) -> "list[torch.Tensor]":
+    """Scale and zero of each weight, [rows, cols]."""
+    found = grids(packed, Layout(*weight.shape, format), 0, len(weight))
+    return [grid.repeat_interleave(format.group_size, 1)[:, : weight.shape[1]] for grid in found]
+
+
+def codes_of(weight: torch.Tensor, format: Format, packed: torch.Tensor) -> torch.Tensor:
+    codes = bitpack.unpack(Layout(*weight.shape, format).view(packed, "codes"), format.bits)
+    return codes[:, : weight.shape[1]].long()
 
 
 @pytest.mark.parametrize(
@@ -41,9 +60,19 @@ def test_outputs_are_nearer_than_with_the_nearest_codes(rows: int, cols: int, fo
     """On inputs that it was not chosen for, too; control: inputs of other columns do harm."""
     weight, both = matrix(rows, cols), correlated(4 * cols, cols)
     seen, unseen = both[: 2 * cols], both[2 * cols :]
-    nearest = error(weight, quantize(weight, format), format, unseen)
-    assert error(weight, recoded(weight, format, seen), format, unseen) < 0.8 * nearest
-    assert error(weight, recoded(weight, format, seen.roll(1, dims=1)), format, unseen) > nearest
+    plain = error(weight, quantize(weight, format), format, unseen)
+    assert error(weight, calibrated(weight, format, seen), format, unseen) < 0.8 * plain
+    assert error(weight, calibrated(weight, format, seen.roll(1, dims=1)), format, unseen) > plain
+
+
+def test_grids_suit_what_columns_are_given() -> None:
+    """Without correlation, where codes are nearly the nearest ones; control: as if columns were given alike."""
+    weight, format, loud = matrix(64, 128), Format.of(3), torch.ones(128)
+    loud[::16] = 20
+    alike = torch.randn(4000, 128, generator=torch.Generator().manual_seed(2))
+    plain = error(weight, quantize(weight, format), format, alike * loud)
+    assert error(weight, calibrated(weight, format, alike * loud), format, alike * loud) < 0.7 * plain
+    assert error(weight, calibrated(weight, format, alike), format, alike * loud) > 0.9 * plain
 
 
 @settings(max_examples=25, deadline=None)
@@ -52,30 +81,36 @@ def test_outputs_are_nearer_than_with_the_nearest_codes(rows: int, cols: int, fo
     cols=st.integers(1, 150),
     format=st.sampled_from([Format.of(2), Format.of(2, 64), Format.of(3), Format.of(4, 32), Format.of(4, 128)]),
     count=st.integers(0, 40),
+    silent=st.booleans(),
 )
-def test_grids_and_padding_stay(rows: int, cols: int, format: Format, count: int) -> None:
-    weight = matrix(rows, cols)
-    layout, nearest = Layout(rows, cols, format), quantize(weight, format)
-    packed = recoded(weight, format, correlated(count, cols))
-    codes = layout.parts()["codes"][1]
-    assert torch.equal(packed[codes:], nearest[codes:])
-    unpacked = [bitpack.unpack(layout.view(one, "codes"), format.bits)[:, cols:] for one in (packed, nearest)]
-    assert torch.equal(*unpacked)
+def test_any_shape_and_inputs_give_a_record(rows: int, cols: int, format: Format, count: int, silent: bool) -> None:
+    """Also where a column is never given anything; nothing in it depends on what was in the buffer."""
+    weight, inputs = matrix(rows, cols), correlated(count, cols)
+    if silent:
+        inputs[:, : cols // 2] = 0
+    packed = calibrated(weight, format, inputs)
+    again = torch.full_like(packed, 255)
+    quantize_for(weight, format, again, inputs)
+    assert torch.equal(packed, again)
+    step = spread_grids(weight, format, packed)[0]
+    assert float((dequantize(packed, rows, cols, format) - weight).abs().max()) < 40 * float(step.max())
 
 
 @pytest.mark.parametrize("inputs", [torch.zeros(0, 96), torch.zeros(5, 96)], ids=["none", "zeros"])
 def test_without_inputs_codes_are_the_nearest(inputs: torch.Tensor) -> None:
-    weight = matrix(12, 96)
-    assert torch.equal(recoded(weight, Format.of(3), inputs), quantize(weight, Format.of(3)))
-    assert not torch.equal(recoded(weight, Format.of(3), correlated(50, 96)), quantize(weight, Format.of(3)))
+    weight, format = matrix(12, 96), Format.of(3)
+    packed = calibrated(weight, format, inputs)
+    assert torch.equal(codes_of(weight, format, packed), nearest(weight, format, packed))
+    other = calibrated(weight, format, correlated(50, 96))
+    assert not torch.equal(codes_of(weight, format, other), nearest(weight, format, other)), "control"
 
 
-def by_definition(weight: torch.Tensor, format: Format, inputs: torch.Tensor, block: int) -> torch.Tensor:
-    """Codes, int [rows, cols]: one column after the other, the rest of its block at the least squares left to it."""
-    packed, layout = quantize(weight, format), Layout(*weight.shape, format)
-    scale, zero = (
-        grid.double().repeat_interleave(format.group_size, 1) for grid in grids(packed, layout, 0, len(weight))
-    )
+def by_definition(
+    weight: torch.Tensor, format: Format, inputs: torch.Tensor, block: int, packed: torch.Tensor
+) -> torch.Tensor:
+    """Codes, int [rows, cols], on the grids of `packed`: one column after the other, the rest of its block at the
+    least squares left to it."""
+    scale, zero = (grid.double() for grid in spread_grids(weight, format, packed))
     codes, wrong = torch.zeros(weight.shape, dtype=torch.int64), torch.zeros(weight.shape).double()
     for start in range(0, weight.shape[1], block):
         moments = (inputs[:, start : start + block].T @ inputs[:, start : start + block]).double()
@@ -94,28 +129,21 @@ def by_definition(weight: torch.Tensor, format: Format, inputs: torch.Tensor, bl
 def test_it_is_what_the_formula_says(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where blocks, steps and chunks are smaller than the matrix; control: with other damping it is not."""
     weight, format, inputs = matrix(30, 128), Format.of(3), correlated(200, 128)
-    expected = by_definition(weight, format, inputs, block)
-
-    def share() -> float:
-        codes = Layout(30, 128, format).view(recoded(weight, format, inputs), "codes")
-        return float((bitpack.unpack(codes, 3) == expected).float().mean())
-
     monkeypatch.setattr(feedback, "BLOCK", block)
     monkeypatch.setattr(feedback, "_STEP", 40)
     monkeypatch.setattr(feedback, "_CHUNK", 1000)
-    assert share() > 0.998
+    packed = calibrated(weight, format, inputs)
+    found = codes_of(weight, format, packed)
+    assert (found == by_definition(weight, format, inputs, block, packed)).float().mean() > 0.998
     monkeypatch.setattr(feedback, "DAMPING", 1.0)
-    assert share() < 0.99
+    assert (found == by_definition(weight, format, inputs, block, packed)).float().mean() < 0.99
 
 
 def test_a_prior_is_as_good_as_its_inputs() -> None:
     weight, format, inputs = matrix(12, 96), Format.of(3), correlated(300, 96)
-    packed, prior = quantize(weight, format), inputs[100:].T @ inputs[100:]
-    recode(weight, format, packed, inputs[:100], prior)
-    codes = [
-        dequantize(one, 12, 96, format)
-        for one in (packed, recoded(weight, format, inputs), recoded(weight, format, inputs[:100]))
-    ]
+    packed = calibrated(weight, format, inputs[:100], inputs[100:].T @ inputs[100:])
+    together, fewer = calibrated(weight, format, inputs), calibrated(weight, format, inputs[:100])
+    codes = [dequantize(one, 12, 96, format) for one in (packed, together, fewer)]
     assert (codes[0] == codes[1]).float().mean() > 0.998
     assert (codes[0] == codes[2]).float().mean() < 0.99, "control"
 
@@ -123,6 +151,8 @@ def test_a_prior_is_as_good_as_its_inputs() -> None:
 def test_what_cannot_be_is_refused() -> None:
     weight = matrix(4, 64)
     with pytest.raises(ConfigError, match="16-bit"):
-        recode(weight, Format.of(16), quantize(weight, Format.of(16)), torch.zeros(0, 64))
-    with pytest.raises(ConfigError, match="not finite"):
-        recoded(weight, Format.of(4), torch.full((3, 64), float("nan")))
+        calibrated(weight, Format.of(16), torch.zeros(0, 64))
+    with pytest.raises(ConfigError, match="inputs have values that are not finite"):
+        calibrated(weight, Format.of(4), torch.full((3, 64), float("nan")))
+    with pytest.raises(ConfigError, match="weight has values that are not finite"):
+        calibrated(torch.full((4, 64), float("nan")), Format.of(4), correlated(3, 64))

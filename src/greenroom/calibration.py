@@ -1,7 +1,7 @@
 """What a checkpoint's experts are given on a text, kept on disk while it is packed.
 
-The original is streamed once before packing. Each expert's codes are then chosen for its own inputs (`quant.recode`):
-the hidden states of the tokens that are routed to it, and what its own first product makes of them.
+The original is streamed once before packing. Each expert is then rounded for its own inputs (`quant.quantize_for`): the
+hidden states of the tokens that are routed to it, and what its own first product makes of them.
 """
 
 import functools
@@ -33,7 +33,7 @@ its own for a matrix of moments."""
 
 
 class Given(NamedTuple):
-    """What a matrix is given: `quant.recode`'s arguments."""
+    """What a matrix is given: `quant.quantize_for`'s arguments."""
 
     inputs: torch.Tensor
     prior: "torch.Tensor | None"

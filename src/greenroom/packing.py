@@ -18,7 +18,7 @@ import torch
 
 from greenroom import seam
 from greenroom.buffers import byte_view
-from greenroom.calibration import Calibration, Inputs, scratch_nbytes, windows_of
+from greenroom.calibration import Calibration, Given, Inputs, scratch_nbytes, windows_of
 from greenroom.checkpoint import Checkpoint, DenseGroup, resolve, sidecars
 from greenroom.config import PackSettings
 from greenroom.errors import CheckpointError, ConfigError, PackedModelError, PackError
@@ -42,7 +42,7 @@ from greenroom.packed import (
     write_file,
 )
 from greenroom.progress import Progress
-from greenroom.quant import Format, Layout, balance, quantize_into, recode
+from greenroom.quant import Format, Layout, balance, quantize_for, quantize_into
 from greenroom.sizes import format_bytes
 from greenroom.threads import in_order
 
@@ -238,14 +238,14 @@ class _Packing:
         matrices = [tensor for tensor in entry.tensors if tensor.format.bits < 16]
         if matrices:
             weights = balanced(self.checkpoint, module, weights, matrices[0].format)
-        for tensor in entry.tensors:
-            what = f"{tensor.name} of expert {expert} of {module.name}"
-            _quantize(weights[tensor.name], tensor.format, tensor.part(record), self.checkpoint, what)
+        given: dict[str, Given] = {}
         if inputs is not None:
             weights = {name: weight.float() for name, weight in weights.items()}
             given = inputs.of_matrices(expert, self.checkpoint.model.get_submodule(module.name), weights)
-            for tensor in matrices:
-                recode(weights[tensor.name], tensor.format, tensor.part(record), *given[tensor.name])
+        for tensor in entry.tensors:
+            what = f"{tensor.name} of expert {expert} of {module.name}"
+            part, own = tensor.part(record), given.get(tensor.name)
+            _quantize(weights[tensor.name], tensor.format, part, self.checkpoint, what, own)
         return record
 
     def _dense_files(self) -> "list[tuple[_File, list[_DenseOutput]]]":
@@ -402,9 +402,19 @@ def _workers(module: seam.ExpertsModule) -> int:
     return max(1, min(torch.get_num_threads(), available_memory() // 2 // (_EXPERT_NBYTES * weights)))
 
 
-def _quantize(weight: torch.Tensor, format: Format, out: torch.Tensor, checkpoint: Checkpoint, what: str) -> None:
+def _quantize(
+    weight: torch.Tensor,
+    format: Format,
+    out: torch.Tensor,
+    checkpoint: Checkpoint,
+    what: str,
+    given: "Given | None" = None,
+) -> None:
     try:
-        quantize_into(weight, format, out)
+        if given is None:
+            quantize_into(weight, format, out)
+        else:
+            quantize_for(weight, format, out, *given)
     except ConfigError as error:  # it does not know whose weight it has
         raise CheckpointError(f"{checkpoint.folder}: {what}: {error}: fetch the checkpoint again") from error
 

@@ -5,14 +5,14 @@
     rtn, hqq  the two published ways to find a grid          search   the competition between them and narrowed ranges
     settle    the grid the record can hold                   quantize  the way there and back
     balance   column scales that a gated MLP holds for free
-    feedback  codes for the inputs that a matrix gets, on the same grids
+    feedback  grids and codes for the inputs that a matrix gets
 
 A weight is [rows = out_features, cols = in_features]; groups run along the columns. This package knows neither files
 nor devices nor caches.
 """
 
 from greenroom.quant.balance import balance
-from greenroom.quant.feedback import recode
+from greenroom.quant.feedback import quantize_for
 from greenroom.quant.format import BITS, DEFAULT_GROUP_SIZE, DTYPES, GROUP_SIZES, Format
 from greenroom.quant.layout import ALIGNMENT, Layout
 from greenroom.quant.quantize import QuantizeReport, dequantize, quantize, quantize_into
@@ -29,6 +29,6 @@ __all__ = [
     "balance",
     "dequantize",
     "quantize",
+    "quantize_for",
     "quantize_into",
-    "recode",
 ]

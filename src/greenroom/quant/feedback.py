@@ -1,10 +1,12 @@
-"""Codes chosen for what a matrix computes with the inputs that it gets, not for each weight by itself.
+"""Grids and codes chosen for what a matrix computes with the inputs that it gets, not for each weight by itself.
 
 Frantar et al. 2022, "GPTQ" (arXiv:2210.17323), after Hassibi & Stork 1993: with H = Σ x xᵀ over inputs x, rounding one
 weight of a row by e costs least if the weights that are not rounded yet move by -e U[i, i+1:] / U[i, i], where
-H⁻¹ = Uᵀ U with U upper triangular. Columns go in the order of H's diagonal, the largest first. Grids stay those that
-`quantize` stored, so that format, bytes and kernels know nothing of it.
+H⁻¹ = Uᵀ U with U upper triangular; what it costs then is (e / U[i, i])², and grids are chosen to keep that small.
+Columns go in the order of H's diagonal, the largest first. Format, bytes and kernels know nothing of it.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -12,7 +14,7 @@ from greenroom.errors import ConfigError
 from greenroom.quant import bits as bitpack
 from greenroom.quant.format import Format
 from greenroom.quant.layout import Layout
-from greenroom.quant.quantize import grids
+from greenroom.quant.quantize import grids, quantize_into
 
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to it: inputs that were never seen together count as independent."""
@@ -24,65 +26,68 @@ _STEP = 128
 """Columns whose errors reach the later ones in one product."""
 
 
-def recode(
+def quantize_for(
     weight: torch.Tensor,
     format: Format,
-    packed: torch.Tensor,
+    out: torch.Tensor,
     inputs: torch.Tensor,
     prior: "torch.Tensor | None" = None,
 ) -> None:
-    """Choose the codes of a packed matrix anew, for the outputs on `inputs`.
+    """As `quantize_into`, with grids and codes for the outputs on `inputs`: the same bytes in number and meaning.
 
-    weight: float [rows, cols], as `quantize` took it; packed: what it gave, uint8 [Layout.nbytes], changed in place.
-    inputs: float32 [n, cols], each times the root of what its error weighs; with no inputs codes are the nearest.
-    prior: float32 [cols, cols], Σ x xᵀ of others that are added to them.
-    Raises ConfigError for 16 bits, which have no codes, and for inputs that are not finite.
+    weight: float [rows, cols]; out: uint8 [Layout.nbytes]. inputs: float32 [n, cols], each times the root of what its
+    error weighs. prior: float32 [cols, cols], Σ x xᵀ of others that are added to them.
+    Raises ConfigError for 16 bits, which have no codes to choose, for weights or inputs that are not finite, and as
+    `quantize_into` does.
     """
     if format.bits == 16:
         raise ConfigError("16-bit weights have no codes to choose")
+    cols = weight.shape[1]
+    blocks = [_Block.of(inputs, prior, slice(start, min(start + BLOCK, cols))) for start in range(0, cols, BLOCK)]
+    quantize_into(weight, format, out, costs=torch.cat([block.costs for block in blocks]))
     layout = Layout(weight.shape[0], weight.shape[1], format)
-    steps = max(1, _CHUNK // layout.padded_cols)
-    for start in range(0, layout.cols, BLOCK):
-        cols = slice(start, min(start + BLOCK, layout.cols))
+    step = max(1, _CHUNK // layout.padded_cols)
+    for block in blocks:
+        for row in range(0, layout.rows, step):
+            _recode(weight, layout, out, slice(row, min(row + step, layout.rows)), block)
+
+
+class _Block(NamedTuple):
+    """Columns that make up for one another."""
+
+    cols: slice
+    order: torch.Tensor
+    """in which they are rounded, int64 [n]"""
+    spread: torch.Tensor
+    """U in that order, rows divided by the diagonal, [n, n]"""
+    costs: torch.Tensor
+    """1 / U[i, i]²: what an error in a column costs that later ones cannot make up for; in their own order, [n]"""
+
+    @classmethod
+    def of(cls, inputs: torch.Tensor, prior: "torch.Tensor | None", cols: slice) -> "_Block":
+        """H = R Rᵀ with R upper triangular makes U = R⁻¹: one factorisation, from the last row to the first."""
         moments = inputs[:, cols].T @ inputs[:, cols]
-        order, spread = _spread(moments if prior is None else moments.add_(prior[cols, cols]))
-        for row in range(0, layout.rows, steps):
-            _recode_rows(weight, layout, packed, slice(row, min(row + steps, layout.rows)), cols, order, spread)
+        if prior is not None:
+            moments += prior[cols, cols]
+        mean = float(moments.diagonal().mean())
+        if not mean < float("inf"):  # a NaN, too
+            raise ConfigError("the inputs have values that are not finite")
+        moments.diagonal().add_(DAMPING * mean if mean else 1.0)
+        order = moments.diagonal().argsort(descending=True, stable=True)
+        upper = torch.linalg.cholesky(moments[order.flip(0)][:, order.flip(0)]).flip(0, 1)
+        spread = torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True)
+        costs = torch.empty_like(spread[0]).index_copy_(0, order, upper.diagonal().square())
+        return cls(cols, order, spread / spread.diagonal()[:, None], costs)
 
 
-def _spread(moments: torch.Tensor) -> "tuple[torch.Tensor, torch.Tensor]":
-    """The order of columns, int64 [n], and U of H⁻¹ = Uᵀ U in that order with rows divided by the diagonal, [n, n].
-
-    `moments` [n, n] becomes H. H = R Rᵀ with R upper triangular makes U = R⁻¹: one factorisation, from the last row to
-    the first.
-    """
-    mean = float(moments.diagonal().mean())
-    if not mean < float("inf"):  # a NaN, too
-        raise ConfigError("the inputs have values that are not finite")
-    moments.diagonal().add_(DAMPING * mean if mean else 1.0)
-    order = moments.diagonal().argsort(descending=True, stable=True)
-    lower = torch.linalg.cholesky(moments[order.flip(0)][:, order.flip(0)])
-    upper = lower.flip(0, 1)
-    spread = torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True)
-    return order, spread / spread.diagonal()[:, None]
-
-
-def _recode_rows(
-    weight: torch.Tensor,
-    layout: Layout,
-    packed: torch.Tensor,
-    rows: slice,
-    cols: slice,
-    order: torch.Tensor,
-    spread: torch.Tensor,
-) -> None:
+def _recode(weight: torch.Tensor, layout: Layout, packed: torch.Tensor, rows: slice, block: _Block) -> None:
     stored = layout.view(packed, "codes")[rows]
     codes = bitpack.unpack(stored, layout.format.bits)
     scale, zero = grids(packed, layout, rows.start, rows.stop)
-    groups = (torch.arange(cols.start, cols.stop) // layout.format.group_size)[order]
-    wanted = weight[rows, cols].to(torch.float32).T[order]
-    found = _round(wanted.contiguous(), scale.T.contiguous(), zero.T.contiguous(), groups, layout.format.top, spread)
-    codes[:, cols] = found[order.argsort()].T.to(codes.dtype)
+    wanted = weight[rows, block.cols].to(torch.float32).T[block.order].contiguous()
+    groups = (block.cols.start + block.order) // layout.format.group_size
+    found = _round(wanted, scale.T.contiguous(), zero.T.contiguous(), groups, layout.format.top, block.spread)
+    codes[:, block.cols] = found[block.order.argsort()].T.to(codes.dtype)
     bitpack.pack(codes, layout.format.bits, stored)
 
 

@@ -70,9 +70,16 @@ def quantize(weight: torch.Tensor, format: Format) -> torch.Tensor:
 
 
 def quantize_into(
-    weight: torch.Tensor, format: Format, out: torch.Tensor, *, report: bool = False
+    weight: torch.Tensor,
+    format: Format,
+    out: torch.Tensor,
+    *,
+    costs: "torch.Tensor | None" = None,
+    report: bool = False,
 ) -> QuantizeReport | None:
     """As `quantize`, into a uint8 [Layout.nbytes] tensor; with report, also how large the error is.
+
+    costs: what a squared error in each column costs, float32 [cols], ≥ 0: grids are chosen for it.
 
     Temporaries are some 30 MiB (for a single row: some 32 bytes a weight). Raises ConfigError as `quantize` does, and
     for an out of another size.
@@ -86,7 +93,7 @@ def quantize_into(
         _round(weight, codes.view(getattr(torch, format.dtype)), tally)
     else:
         for start, end in _chunks(layout):
-            _pack_rows(weight[start:end], layout, out, start, end, tally)
+            _pack_rows(weight[start:end], layout, out, start, end, costs, tally)
     return tally.report(layout) if tally else None
 
 
@@ -158,14 +165,21 @@ def _round(weight: torch.Tensor, target: torch.Tensor, tally: _Tally | None) -> 
 
 
 def _pack_rows(
-    weight: torch.Tensor, layout: Layout, out: torch.Tensor, start: int, end: int, tally: _Tally | None
+    weight: torch.Tensor,
+    layout: Layout,
+    out: torch.Tensor,
+    start: int,
+    end: int,
+    costs: "torch.Tensor | None",
+    tally: _Tally | None,
 ) -> None:
     groups = _grouped(weight, layout)
+    wide = None if costs is None else _grouped((costs / costs.mean()).expand(end - start, -1), layout)
     scratch = Scratch(groups.shape[0], groups.shape[1], groups.device)
-    scale, zero, from_hqq = search(groups, layout.format.bits, scratch)
+    scale, zero, from_hqq = search(groups, layout.format.bits, scratch, wide)
     if not scale.isfinite().all():  # as any weight that is not makes its group's scale
         raise ConfigError("the weight has values that are not finite")
-    kept = settle(groups, scale, zero, end - start, layout.format.top, scratch)
+    kept = settle(groups, scale, zero, end - start, layout.format.top, scratch, wide)
     codes = assign(groups, kept.scale, kept.zero, layout.format.top, scratch.codes)
     rows = codes.to(torch.uint8).t().reshape(end - start, layout.padded_cols)
     bitpack.pack(rows, layout.format.bits, layout.view(out, "codes")[start:end])

@@ -53,11 +53,17 @@ def assign(weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: 
 
 
 def settle(
-    weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, rows: int, top: int, scratch: Scratch
+    weights: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    rows: int,
+    top: int,
+    scratch: Scratch,
+    costs: "torch.Tensor | None" = None,
 ) -> Metadata:
     """Metadata for groups float32 [group_size, rows * groups] whose ideal scale and zero are float32 [rows * groups].
 
-    The scratch has the shape of weights.
+    The scratch has the shape of weights, and so have `costs`, the search's.
     """
     scale, zero = scale.view(rows, -1), _out_of_the_way(scale.view(rows, -1), zero.view(rows, -1))
     scales, zeros = RowParams.of(scale), RowParams.of(zero)
@@ -71,7 +77,7 @@ def settle(
         tried = scales.decode(scale_codes)
         zero_codes = zeros.encode(top / 2 - middle / tried)
         for _ in range(2):
-            loss, codes_mean = _loss(weights, tried, zeros.decode(zero_codes), scale, top, scratch)
+            loss, codes_mean = _loss(weights, tried, zeros.decode(zero_codes), scale, top, scratch, costs)
             if best is None:
                 best = _Best(loss, scale_codes, zero_codes)
             else:
@@ -92,15 +98,24 @@ def _out_of_the_way(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
 
 
 def _loss(
-    weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, ideal: torch.Tensor, top: int, scratch: Scratch
+    weights: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    ideal: torch.Tensor,
+    top: int,
+    scratch: Scratch,
+    costs: "torch.Tensor | None",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The search's loss and the mean code of each group, [rows, groups]; ideal is the scale that makes it unitless."""
     codes, error = scratch.codes, scratch.first
     torch.mul(weights, 1 / scale.view(-1), out=error).add_(zero.view(-1))
     torch.round(error, out=codes).clamp_(0, top)
-    error.sub_(codes).abs_()
-    torch.mul(error, error, out=scratch.second)
-    absolute, squares = scratch.fold_both()
+    error.sub_(codes)
+    mean = (codes.sum(0) / weights.shape[0]).view_as(scale)
     ratio = (scale / ideal).clamp(1e-12, 1e12)  # cubed below, within float32
-    loss = (squares * absolute).view_as(scale) * (ratio * ratio * ratio)
-    return loss, (codes.sum(0) / weights.shape[0]).view_as(scale)
+    if costs is not None:
+        error.mul_(error).mul_(costs)
+        return scratch.fold().view_as(scale) * (ratio * ratio), mean
+    torch.mul(error.abs_(), error, out=scratch.second)
+    absolute, squares = scratch.fold_both()
+    return (squares * absolute).view_as(scale) * (ratio * ratio * ratio), mean
