@@ -12,7 +12,7 @@ from greenroom import calibration, library, packing
 from greenroom.calibration import Calibration, Inputs, windows_of
 from greenroom.checkpoint import Checkpoint
 from greenroom.config import EngineSettings
-from greenroom.errors import ConfigError, PackError
+from greenroom.errors import BudgetError, ConfigError, PackError
 from greenroom.evaluate import evaluate
 from greenroom.original import Text
 from greenroom.packed import PackedModel
@@ -135,7 +135,9 @@ def test_another_text_wants_another_folder(source: Path, text: Path, calibrated:
             pack(source, calibrated.folder, expert_bits=2, calibrate=other)
 
 
-def test_what_cannot_be_is_refused_before_anything_is_written(source: Path, text: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "short.txt").write_text("a map of an island")
     with pytest.raises(ConfigError, match=r"short\.txt has \d+ tokens"):
         pack(source, tmp_path / "model", calibrate=tmp_path / "short.txt")
@@ -147,6 +149,9 @@ def test_what_cannot_be_is_refused_before_anything_is_written(source: Path, text
     with pytest.raises(ConfigError, match="no tokenizer"):
         pack(tmp_path / "mute", tmp_path / "model", calibrate=text)
     assert not (tmp_path / "model").exists()
+    with monkeypatch.context() as patch, pytest.raises(BudgetError, match="without --calibrate"):
+        patch.setattr(packing, "available_memory", lambda: 1 << 20)
+        pack(source, tmp_path / "model", expert_bits=2, calibrate=text)
 
 
 def test_the_command(

@@ -14,9 +14,11 @@ import torch
 from greenroom import seam
 from greenroom.buffers import byte_view, read_into
 from greenroom.checkpoint import Checkpoint
-from greenroom.errors import ConfigError, PackError
+from greenroom.errors import BudgetError, ConfigError, PackError
 from greenroom.original import Original, Text, tokens_of, windows_at_a_time
+from greenroom.original.states import streaming_nbytes
 from greenroom.progress import Progress
+from greenroom.sizes import format_bytes
 from greenroom.tokenizer import tokenizer_of
 
 WINDOW = 512
@@ -93,14 +95,13 @@ class Calibration:
         file, `room` bytes of memory. Raises BudgetError where that does not hold a layer."""
         self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115, closed with the object
         self._calls: dict[str, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
-        with (
-            Original(folder) as original,
-            Progress("calibrating", len(windows) * original.layers, unit="layers") as bar,
-        ):
+        with Original(folder) as original:
+            at_a_time = _windows_at_a_time(original, windows.shape[1], room)
             original.on_experts = self._keep
-            for batch in torch.split(windows, windows_at_a_time(original, windows.shape[1], room)):
-                original.on_layer = functools.partial(bar.advance, len(batch))
-                original.states(batch)
+            with Progress("calibrating", len(windows) * original.layers, unit="layers") as progress:
+                for batch in torch.split(windows, at_a_time):
+                    original.on_layer = functools.partial(progress.advance, len(batch))
+                    original.states(batch)
 
     def __enter__(self) -> "Calibration":
         return self
@@ -128,6 +129,16 @@ class Calibration:
             raise PackError(f"cannot keep what experts are given ({error.strerror or error}): make room") from error
         kept = (offset, top_k_index.to(torch.int32), top_k_weights.float())
         self._calls.setdefault(module.name, []).append(kept)
+
+
+def _windows_at_a_time(original: Original, tokens: int, room: int) -> int:
+    least = streaming_nbytes(original, tokens, 1)
+    if room < least:
+        raise BudgetError(
+            f"the original takes {format_bytes(least)} for a window of {tokens} tokens, and {format_bytes(room)} are "
+            "left for it: close other programs, or pack without --calibrate"
+        )
+    return windows_at_a_time(original, tokens, room)
 
 
 def scratch_nbytes(checkpoint: Checkpoint, tokens: int) -> int:

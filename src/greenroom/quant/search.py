@@ -68,6 +68,8 @@ class Contest:
         self.size = units.shape[0]
         scratch.first.copy_(units)
         self.sum_units = scratch.fold()
+        if costs is not None:
+            self.sum_costs, self.sum_cost_units = self._total(costs), self._total(costs, units)
         self.ones = torch.ones_like(self.sum_units)
         self.no = torch.zeros_like(self.ones, dtype=torch.bool)
         start = Grid(self.ones, torch.zeros_like(self.ones))
@@ -122,22 +124,22 @@ class Contest:
 
     def _refit_to(self, costs: torch.Tensor, grid: Grid) -> Grid:
         """Least squares where errors cost differently."""
-        codes, room = self._codes(grid), self.scratch.first
-
-        def total(*factors: torch.Tensor) -> torch.Tensor:
-            room.copy_(costs)
-            for factor in factors:
-                room.mul_(factor)
-            return self.scratch.fold()
-
-        count, sum_codes, sum_units = total(), total(codes), total(self.units)
-        squares, mixed = total(codes, codes), total(codes, self.units)
-        spread = squares * count - sum_codes * sum_codes
-        slope = (mixed * count - sum_codes * sum_units) / spread
-        usable = (spread > _SMALLEST_SPREAD * squares * count) & (slope > 0)
+        codes = self._codes(grid)
+        total, squares = self._total(costs, codes), self._total(costs, codes, codes)
+        mixed = self._total(costs, codes, self.units)
+        spread = squares * self.sum_costs - total * total
+        slope = (mixed * self.sum_costs - total * self.sum_cost_units) / spread
+        usable = (spread > _SMALLEST_SPREAD * squares * self.sum_costs) & (slope > 0)
         step = torch.where(usable, slope, grid.step)
-        offset = (sum_units - step * sum_codes) / count
-        return Grid(step, torch.where(count > 0, offset, grid.offset))
+        offset = (self.sum_cost_units - step * total) / self.sum_costs
+        return Grid(step, torch.where(self.sum_costs > 0, offset, grid.offset))
+
+    def _total(self, first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        """Sums [n] of the products of [group_size, n] factors."""
+        room = self.scratch.first.copy_(first)
+        for other in others:
+            room.mul_(other)
+        return self.scratch.fold()
 
 
 def search(
