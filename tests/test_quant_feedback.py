@@ -148,6 +148,17 @@ def test_a_prior_is_as_good_as_its_inputs() -> None:
     assert (codes[0] == codes[2]).float().mean() < 0.99, "control"
 
 
+def test_singular_moments_are_damped_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five inputs for 96 columns without damping, and inputs that one direction nearly is all of."""
+    weight, format, inputs = matrix(12, 96), Format.of(3), correlated(300, 96)
+    monkeypatch.setattr(feedback, "DAMPING", 0.0)
+    few = dequantize(calibrated(weight, format, inputs[:5]), 12, 96, format)
+    assert error(weight, calibrated(weight, format, inputs[:5]), format, inputs[:5]) < 0.2 and few.isfinite().all()
+    monkeypatch.undo()
+    loud = inputs + 3e5 * torch.randn(300, 1, generator=torch.Generator().manual_seed(3))
+    assert error(weight, calibrated(weight, format, loud), format, loud) < 0.2
+
+
 def test_what_cannot_be_is_refused() -> None:
     weight = matrix(4, 64)
     with pytest.raises(ConfigError, match="16-bit"):

@@ -72,12 +72,24 @@ class _Block(NamedTuple):
         mean = float(moments.diagonal().mean())
         if not mean < float("inf"):  # a NaN, too
             raise ConfigError("the inputs have values that are not finite")
-        moments.diagonal().add_(DAMPING * mean if mean else 1.0)
         order = moments.diagonal().argsort(descending=True, stable=True)
-        upper = torch.linalg.cholesky(moments[order.flip(0)][:, order.flip(0)]).flip(0, 1)
+        upper = _factor(moments[order.flip(0)][:, order.flip(0)], mean or 1.0).flip(0, 1)
         spread = torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True)
         costs = torch.empty_like(spread[0]).index_copy_(0, order, upper.diagonal().square())
         return cls(cols, order, spread / spread.diagonal()[:, None], costs)
+
+
+def _factor(moments: torch.Tensor, mean: float) -> torch.Tensor:
+    """Cholesky's lower factor of the damped moments, more damped where float32 cannot tell them from singular ones:
+    one direction may hold nearly all that the inputs are."""
+    damped = 0.0
+    for damping in (DAMPING, 0.1, 1.0):
+        moments.diagonal().add_((damping - damped) * mean)
+        damped = damping
+        factor, failed = torch.linalg.cholesky_ex(moments)
+        if not failed:
+            break
+    return factor
 
 
 def _recode(weight: torch.Tensor, layout: Layout, packed: torch.Tensor, rows: slice, block: _Block) -> None:
