@@ -9,7 +9,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 
 from benchmarks.weights import layer_of
-from greenroom import threads
 from greenroom.checkpoint import Checkpoint
 from greenroom.packed import ExpertsEntry
 from greenroom.packing import balanced
 from greenroom.quant import Format, quantize, quantize_into
+from greenroom.threads import in_order
 
 NOISE = 0.02
 """Standard deviation, relative to that of the matrix: the demo's own."""
@@ -70,8 +69,7 @@ class Upcycled:
 
     def _of_all(self, make: "Callable[[int], T]") -> "Iterator[T]":
         """What `make` makes of each expert, one on each core."""
-        with threads.kept_from_torch(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            yield from pool.map(make, range(self._experts))
+        return in_order(make, range(self._experts), len(os.sched_getaffinity(0)))
 
     def _record(self, entry: ExpertsEntry, layer: int, expert: int) -> torch.Tensor:
         gate, up, down = (self._matrix(layer, expert, name) for name in _MATRICES)

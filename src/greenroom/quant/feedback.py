@@ -82,7 +82,7 @@ class _Block(NamedTuple):
 def _factor(moments: torch.Tensor, mean: float) -> torch.Tensor:
     """Cholesky's lower factor of the damped moments, more damped where float32 cannot tell them from singular ones:
     one direction may hold nearly all that the inputs are."""
-    damped = 0.0
+    damped, factor = 0.0, moments
     for damping in (DAMPING, 0.1, 1.0):
         moments.diagonal().add_((damping - damped) * mean)
         damped = damping
