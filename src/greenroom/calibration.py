@@ -14,12 +14,9 @@ import torch
 from greenroom import seam
 from greenroom.buffers import byte_view, read_into
 from greenroom.checkpoint import Checkpoint
-from greenroom.errors import BudgetError, ConfigError, PackError
-from greenroom.original import Original, Text, tokens_of, windows_at_a_time
-from greenroom.original.states import streaming_nbytes
+from greenroom.errors import ConfigError, PackError
+from greenroom.original import Original, Text, ids_of, positions_of, windows_at_a_time
 from greenroom.progress import Progress
-from greenroom.sizes import format_bytes
-from greenroom.tokenizer import tokenizer_of
 
 WINDOW = 512
 """Tokens that go through the model together."""
@@ -32,6 +29,9 @@ _STRANGERS = 0.1
 _PRIOR = 0.25
 """For each column as many tokens' worth of what all experts of the layer are given: an expert of many sees too few of
 its own for a matrix of moments."""
+
+
+_REMEDY = "close other programs, or pack without --calibrate"
 
 
 class Given(NamedTuple):
@@ -96,7 +96,7 @@ class Calibration:
         self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115, closed with the object
         self._calls: dict[str, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
         with Original(folder) as original:
-            at_a_time = _windows_at_a_time(original, windows.shape[1], room)
+            at_a_time = windows_at_a_time(original, windows.shape[1], room, remedy=_REMEDY)
             original.on_experts = self._keep
             with Progress("calibrating", len(windows) * original.layers, unit="layers") as progress:
                 for batch in torch.split(windows, at_a_time):
@@ -131,16 +131,6 @@ class Calibration:
         self._calls.setdefault(module.name, []).append(kept)
 
 
-def _windows_at_a_time(original: Original, tokens: int, room: int) -> int:
-    least = streaming_nbytes(original, tokens, 1)
-    if room < least:
-        raise BudgetError(
-            f"the original takes {format_bytes(least)} for a window of {tokens} tokens, and {format_bytes(room)} are "
-            "left for it: close other programs, or pack without --calibrate"
-        )
-    return windows_at_a_time(original, tokens, room)
-
-
 def scratch_nbytes(checkpoint: Checkpoint, tokens: int) -> int:
     """Bytes of disk that calibrating on so many tokens takes while it lasts."""
     return torch.bfloat16.itemsize * tokens * sum(module.parameters[0].cols for module in checkpoint.experts)
@@ -151,12 +141,8 @@ def windows_of(folder: Path, text: Text) -> torch.Tensor:
 
     Raises ConfigError for a folder without a tokenizer and for a text that is too short.
     """
-    tokenizer = tokenizer_of(folder)
-    if tokenizer is None:
-        raise ConfigError(f"{folder} has no tokenizer: add its tokenizer files, or pack without --calibrate")
-    ids = tokens_of(tokenizer, text.content)
-    positions = getattr(seam.load_config(folder).get_text_config(), "max_position_embeddings", None)
-    length = min(WINDOW, positions or WINDOW)
+    ids = ids_of(folder, text)
+    length = min(WINDOW, positions_of(folder) or WINDOW)
     count = min(WINDOWS, len(ids) // length)
     if count < _FEWEST_WINDOWS:
         raise ConfigError(

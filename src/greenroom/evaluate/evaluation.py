@@ -13,12 +13,11 @@ from greenroom.evaluate import packed as packed_states
 from greenroom.evaluate.score import Summary, score, scoring_nbytes, summarise
 from greenroom.machine import available_memory, give_back_freed
 from greenroom.metrics import process_memory
-from greenroom.original import Head, Original, Text, Window, cut, tokens_of
+from greenroom.original import Head, Original, Text, Window, cut, ids_of, positions_of
 from greenroom.original.states import StatesFile, attention_nbytes, stream
 from greenroom.packed import PackedModel, Receipt
 from greenroom.packing import fingerprint
 from greenroom.progress import Progress
-from greenroom.tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
     from greenroom.config import EngineSettings
@@ -101,14 +100,11 @@ def windows_of(
     folder: Path, text: Text, context: "int | None" = None, stride: "int | None" = None, most: "int | None" = None
 ) -> list[Window]:
     """`text` as windows for the model in `folder`. Raises ConfigError where that cannot be."""
-    tokenizer = tokenizer_of(folder)
-    if tokenizer is None:
-        raise ConfigError(f"{folder} has no tokenizer: add its tokenizer files to the checkpoint and pack again")
-    positions = getattr(seam.load_config(folder).get_text_config(), "max_position_embeddings", None)
+    ids, positions = ids_of(folder, text), positions_of(folder)
     if context is not None and positions is not None and context > positions:
         raise ConfigError(f"--context {context} is more than the model's {positions} positions: give a smaller one")
     context = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
-    return cut(tokens_of(tokenizer, text.content), context, stride, most)
+    return cut(ids, context, stride, most)
 
 
 def evaluate(

@@ -7,9 +7,9 @@ every window (`states`) and their logits (`head`). Does not cover: scores (`eval
 from greenroom.original.head import Head
 from greenroom.original.original import ExpertTransform, Original, Transform
 from greenroom.original.states import StatesFile, stream, windows_at_a_time
-from greenroom.original.windows import Text, Window, cut, tokens_of
+from greenroom.original.windows import Text, Window, cut, ids_of, positions_of, tokens_of
 
 __all__ = [
-    "ExpertTransform", "Head", "Original", "StatesFile", "Text", "Transform", "Window", "cut", "stream", "tokens_of",
-    "windows_at_a_time",
+    "ExpertTransform", "Head", "Original", "StatesFile", "Text", "Transform", "Window", "cut", "ids_of",
+    "positions_of", "stream", "tokens_of", "windows_at_a_time",
 ]  # fmt: skip

@@ -79,15 +79,17 @@ def stream(
     return kept
 
 
-def windows_at_a_time(original: Original, tokens: int, room: int, held: int = 0, most: int = _BATCH) -> int:
+def windows_at_a_time(
+    original: Original, tokens: int, room: int, held: int = 0, most: int = _BATCH, remedy: "str | None" = None
+) -> int:
     """How many windows of `tokens` tokens, up to `most`, fit in `room` bytes beside the weights. Raises BudgetError for
-    none."""
+    none; `remedy` is what its message ends with, where that is not a larger --ram."""
     least = streaming_nbytes(original, tokens, 1)
     if room < least:
         raise BudgetError(
             f"the original's largest layer with one window of {tokens} tokens takes {format_bytes(least)}, and "
-            f"{format_bytes(max(room, 0))} are left: give --ram {-(-(least + held) // (1 << 20)) + 8}MiB or a smaller "
-            "--context"
+            f"{format_bytes(max(room, 0))} are left: "
+            + (remedy or f"give --ram {-(-(least + held) // (1 << 20)) + 8}MiB or a smaller --context")
         )
     return min(1 + (room - least) // activation_nbytes(original.model.config, tokens), most)
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from greenroom.errors import ConfigError
+from greenroom.seam import load_config
+from greenroom.tokenizer import tokenizer_of
 
 MAX_TEXT_NBYTES = 8 << 20
 """Of longer texts only this much is read: about two million tokens."""
@@ -74,6 +76,20 @@ class Window:
 def tokens_of(tokenizer: Any, text: str) -> torch.Tensor:
     """The tokens of a text, int64 [N], with what the tokenizer puts before it."""
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def ids_of(folder: Path, text: Text) -> torch.Tensor:
+    """The tokens of `text` for the model in `folder`, int64 [N]. Raises ConfigError where that has no tokenizer."""
+    tokenizer = tokenizer_of(folder)
+    if tokenizer is None:
+        raise ConfigError(f"{folder} has no tokenizer: add its tokenizer files to the checkpoint and pack again")
+    return tokens_of(tokenizer, text.content)
+
+
+def positions_of(folder: Path) -> "int | None":
+    """How many tokens the model in `folder` can tell apart by place, or None where it does not say."""
+    positions: int | None = getattr(load_config(folder).get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def cut(ids: torch.Tensor, context: int, stride: "int | None" = None, most: "int | None" = None) -> "list[Window]":
