@@ -6,6 +6,7 @@ as many rows as make whole blocks are joined to one: no group of 16 or 32 weight
 float16 scale serves parts of two rows.
 """
 
+import functools
 import math
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.turns import Worker
-from greenroom.calibration import Calibration, Given
+from greenroom.calibration import Calibration, Given, Inputs
 from greenroom.checkpoint import Checkpoint
 from greenroom.errors import ConfigError
 from greenroom.evaluate.rounding import rounded
@@ -168,8 +169,13 @@ def _given(
     calibration: "Calibration | None", checkpoint: Checkpoint, module: ExpertsModule, expert: int, weights: Parameters
 ) -> "dict[str, Given]":
     """What each matrix of an expert is given on the calibration's text; nothing without one."""
-    inputs = None if calibration is None else calibration.inputs(module)
+    inputs = None if calibration is None else _inputs(calibration, module)
     return {} if inputs is None else inputs.of_matrices(expert, checkpoint.model.get_submodule(module.name), weights)
+
+
+@functools.lru_cache(maxsize=1)  # an expert of a layer after the other asks
+def _inputs(calibration: Calibration, module: ExpertsModule) -> "Inputs | None":
+    return calibration.inputs(module)
 
 
 def way(name: str, peer: "Peer", calibration: "Calibration | None" = None) -> Way:

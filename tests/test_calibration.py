@@ -19,7 +19,6 @@ from greenroom.packed import PackedModel
 from greenroom.packing import pack
 from greenroom.quant import dequantize
 from test_cli import cache, call, refused  # noqa: F401
-from test_demo_checkpoint import make_wheel
 
 WORDS = [
     "the",
@@ -50,12 +49,10 @@ def prose(seed: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(demo_cache: Path) -> Path:
     """A tiny talking checkpoint with a tokenizer."""
-    folder = tmp_path_factory.mktemp("cache")
-    make_wheel(folder / "demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GREENROOM_CACHE", str(folder))
+        patch.setenv("GREENROOM_CACHE", str(demo_cache))
         return library.demo_checkpoint()
 
 
