@@ -636,7 +636,7 @@ def test_a_second_model_leaves_what_the_first_was_promised(packed4: PackedModel,
 
 def test_a_model_that_is_dropped_stops_its_threads(packed4: PackedModel) -> None:
     def readers() -> int:
-        return sum(thread.name.startswith("greenroom-reader") for thread in threading.enumerate())
+        return sum(path.read_text().startswith("greenroom-read") for path in Path("/proc/self/task").glob("*/comm"))
 
     gc.collect()
     before = readers()
@@ -653,14 +653,18 @@ def test_a_model_that_is_dropped_stops_its_threads(packed4: PackedModel) -> None
 @pytest.mark.usefixtures("alone")
 def test_the_next_model_stops_those_that_were_dropped(packed4: PackedModel) -> None:
     """Python collects what lies in cycles too rarely."""
-    before, gone = threading.active_count(), []
+
+    def count() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before, gone = count(), []
     gc.disable()
     try:
         for _ in range(3):
             engine = Engine(packed4, EngineSettings(experts_per_layer=2, context=16))
             engine.model.generate(torch.arange(4, 9)[None], max_new_tokens=2)
             gone.append(weakref.ref(engine))
-            running = threading.active_count()
+            running = count()
             del engine
         assert [ref() is None for ref in gone] == [True, True, False]
         assert running - before <= 5, "four readers, and the thread that stops them"
@@ -671,7 +675,7 @@ def test_the_next_model_stops_those_that_were_dropped(packed4: PackedModel) -> N
 
 @pytest.mark.usefixtures("alone")
 def test_what_fails_to_start_leaves_nothing(packed4: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, files = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+    before, files = len(list(Path("/proc/self/task").iterdir())), len(list(Path("/proc/self/fd").iterdir()))
     try:
         torch.set_num_threads(2)
         with pytest.raises(BudgetError):
@@ -680,7 +684,7 @@ def test_what_fails_to_start_leaves_nothing(packed4: PackedModel, monkeypatch: p
             patch.setattr("greenroom.engine.DecodeStep", None)
             with pytest.raises(TypeError):
                 Engine(packed4, EngineSettings(experts_per_layer=2, context=16))
-        assert torch.get_num_threads() == 2 and threading.active_count() == before
+        assert torch.get_num_threads() == 2 and len(list(Path("/proc/self/task").iterdir())) == before
         gc.collect()  # embeddings stay mapped while the error's frames are kept
         assert len(list(Path("/proc/self/fd").iterdir())) == files
     finally:
@@ -703,9 +707,9 @@ def test_the_collector_may_run_in_a_reader(packed4: PackedModel) -> None:
     assert inside.wait(20)
     del engine
     go_on.set()
-    for thread in transfer._threads:
+    for thread in transfer._readers._threads:
         thread.join(20)
-    assert gone() is None and not any(thread.is_alive() for thread in transfer._threads)
+    assert gone() is None and not any(thread.is_alive() for thread in transfer._readers._threads)
 
 
 @pytest.mark.usefixtures("alone")

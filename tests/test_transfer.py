@@ -16,8 +16,11 @@ import pytest
 from greenroom.cache import Load
 from greenroom.errors import ClosedError, PackedModelError
 from greenroom.packed import PackedModel
+from greenroom.readers import PIECE_NBYTES, open_readers
+from greenroom.readers.compiled import CompiledReaders, extension
+from greenroom.readers.threaded import ThreadedReaders
 from greenroom.store import Arena, DiskStore, MemoryStore
-from greenroom.transfer import PIECE_NBYTES, Transfer
+from greenroom.transfer import Transfer
 
 PAGE = 4096
 
@@ -162,7 +165,7 @@ def test_close_waits_for_reads_in_flight_and_drops_the_rest(transfers) -> None:
     within(10, transfer.close)
     assert store.seen == [(0, 0)]
     within(10, transfer.close)  # twice does no harm
-    assert not [thread for thread in transfer._threads if thread.is_alive()]
+    assert not [thread for thread in transfer._readers._threads if thread.is_alive()]
 
 
 def test_a_closed_transfer_says_so_instead_of_hanging(transfers) -> None:
@@ -276,9 +279,141 @@ def test_a_file_that_vanishes_or_shrinks_is_one_line(packed4: PackedModel, tmp_p
         DiskStore(packed)
 
 
-def test_a_forked_child_is_told(checkpoint: Path, packed16: PackedModel) -> None:
+class InPython(DiskStore):
+    """Not the store itself, so that Python's threads ask it."""
+
+
+WAYS = [pytest.param(DiskStore, id="compiled", marks=pytest.mark.skipif(not extension(), reason="not built")), InPython]
+
+
+def test_who_reads_follows_from_the_store(packed4: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kind(store) -> type:
+        readers = open_readers(store, Arena(1, store.record_nbytes), 1)
+        readers.close()
+        return type(readers)
+
+    assert kind(DiskStore(packed4)) is (CompiledReaders if extension() else ThreadedReaders)
+    assert kind(InPython(packed4)) is kind(MemoryStore(records())) is ThreadedReaders
+    monkeypatch.setenv("GREENROOM_ISA", "none")
+    assert kind(DiskStore(packed4)) is ThreadedReaders
+
+
+def some() -> "list[Load]":
+    """Of two layers of six experts, every other one a guess."""
+    return [Load((layer, expert), 3 * layer + expert, expert % 2 == 1) for layer in (0, 2) for expert in range(6)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("again", [False, True], ids=["compared", "trusted"])
+def test_records_of_a_packed_model_arrive_whole(transfers, packed4: PackedModel, way, direct, again) -> None:
+    store = way(packed4, direct)
+    transfer, arena = transfers(store, buffers=12, readers=3)
+    for turn in range(1 + again):
+        for load in some():
+            transfer.start(load)
+        assert sorted(collect(transfer, 12)) == list(range(12)) and transfer.under_way == set()
+        nbytes = sum(store.nbytes(load.key[0]) for load in some())
+        assert transfer.bytes_read == (turn + 1) * nbytes and transfer.queued_s == 0 < transfer.seconds_per_byte
+    wanted = Arena(1, store.record_nbytes)
+    for load in some():
+        view = wanted.view(0, store.nbytes(load.key[0]))
+        store.read(*load.key, 0, view)
+        assert bytes(arena.view(load.buffer, len(view))) == bytes(view)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_wrong_with_a_file_is_one_line(transfers, packed4: PackedModel, way, tmp_path: Path) -> None:
+    shutil.copytree(packed4.folder, tmp_path / "m")
+    packed = PackedModel(tmp_path / "m")
+    entry = packed.manifest.experts[0]
+    path = packed.folder / entry.file
+    store = way(packed)
+    transfer, _ = transfers(store)
+
+    def outcome(expert: int) -> str:
+        transfer.start(load(expert, 1))
+        with pytest.raises(PackedModelError) as caught:
+            within(10, lambda: transfer.poll(wait=True))
+        assert collect(transfer, 1) == [1] and transfer.bytes_read == 0
+        return str(caught.value)
+
+    with path.open("r+b") as file:
+        file.seek(entry.offset + 2 * entry.record_nbytes + 5)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+        os.fsync(file.fileno())
+    assert f"{path}: expert 2 of {entry.module} is corrupted (its checksum does not match)" in outcome(2)
+    end = entry.offset + 5 * entry.record_nbytes
+    os.truncate(path, end)
+    assert f"{path} ended at byte {end}: delete" in outcome(5)
+    real = store._files[entry.file]
+    store._files[entry.file] = os.open(tmp_path, os.O_RDONLY)  # a folder
+    assert f"{path}: Is a directory at byte {entry.offset}: check the disk" in outcome(0)
+    os.close(store._files[entry.file])
+    store._files[entry.file] = real
+    transfer.start(load(0, 1))
+    assert collect(transfer, 1) == [1] and transfer.bytes_read == entry.record_nbytes
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_signal_ends_waiting(transfers, packed4: PackedModel, way) -> None:
+    transfer, _ = transfers(way(packed4))
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            transfer.poll(wait=True)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    transfer.start(load(1, 0))
+    assert collect(transfer, 1) == [0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_closed_readers_of_files_say_so(transfers, packed4: PackedModel, way) -> None:
+    transfer, _ = transfers(way(packed4))
+    threading.Timer(0.05, transfer.close).start()
+    with pytest.raises(ClosedError):
+        within(10, lambda: transfer.poll(wait=True))
+    with pytest.raises(ClosedError):
+        transfer.start(load(0, 0))
+    within(10, transfer.close)
+
+
+@pytest.mark.skipif(not extension(), reason="not built")
+def test_compiled_readers_stay_in_their_memory_and_keep_it(packed4: PackedModel) -> None:
+    owner = bytearray(100)
+    readers = extension().Readers(
+        memoryview(owner), 1 << 40, 100, 1, PIECE_NBYTES
+    )  # an address that is never written to
+    with a_file(packed4) as file:
+        for place, nbytes in [(-1, 10), (0, 101), (91, 10), (0, 0)]:
+            with pytest.raises(ValueError, match="outside"):
+                readers.start(0, 0, file, 0, nbytes, place, False, False, -1)
+    with pytest.raises(BufferError):
+        owner.append(1)  # while somebody holds its memory
+    readers.close()
+    del readers
+    owner.append(1)
+    for threads, piece in [(0, 1), (1, 0)]:
+        with pytest.raises(ValueError):
+            extension().Readers(owner, 1 << 40, 100, threads, piece)
+
+
+@contextlib.contextmanager
+def a_file(packed: PackedModel):
+    file = os.open(packed.folder / packed.manifest.experts[0].file, os.O_RDONLY)
+    yield file
+    os.close(file)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_forked_child_is_told(packed16: PackedModel, way) -> None:
     """It has no reader threads, and would wait for ever."""
-    store = DiskStore(packed16)
+    store = way(packed16)
     transfer = Transfer(store, Arena(1, store.record_nbytes), readers=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # that threads are not forked is what is tested
@@ -291,6 +426,7 @@ def test_a_forked_child_is_told(checkpoint: Path, packed16: PackedModel) -> None
                 transfer.poll(wait=True)
             except ClosedError as error:
                 told = "forked" in str(error)
+            del transfer  # which must not wait for threads that are not there
         os._exit(0 if told else 1)
     assert os.waitpid(child, 0)[1] == 0
     transfer.close()

@@ -4,8 +4,9 @@
 `MemoryStore` is the in-memory one for tests and for models that fit. Neither knows which expert deserves a place.
 """
 
+import dataclasses
 import os
-import threading
+import zlib
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import torch
 
 from greenroom.buffers import allocate, byte_view, open_direct, read_into
 from greenroom.errors import PackedModelError
-from greenroom.packed import PackedModel, check_bytes
+from greenroom.packed import PackedModel, corrupted
 
 
 class Store(Protocol):
@@ -39,6 +40,18 @@ class Store(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of a record are."""
+
+    file: int
+    """descriptor"""
+    offset: int
+    nbytes: int
+    crc32: "int | None"
+    """of a record that nobody has compared yet"""
+
+
 class DiskStore:
     """Records straight from the packed model's files."""
 
@@ -51,8 +64,7 @@ class DiskStore:
         for entry in self._layers:
             self._files[entry.file] = self._open(packed.folder / entry.file)
         self.record_nbytes = max(entry.record_nbytes for entry in self._layers)
-        self._checked: set[tuple[int, int]] = set()
-        self._lock = threading.Lock()
+        self._trusted: set[tuple[int, int]] = set()
 
     def _open(self, path: Path) -> int:
         try:
@@ -69,29 +81,51 @@ class DiskStore:
         """Size of one record of `layer`."""
         return self._layers[layer].record_nbytes
 
+    def place(self, layer: int, expert: int) -> Place:
+        """Where a record is, for whoever reads it without `read` and `check`."""
+        entry = self._layers[layer]
+        offset = entry.offset + expert * entry.record_nbytes
+        crc32 = None if (layer, expert) in self._trusted else entry.crc32[expert]
+        return Place(self._files[entry.file], offset, entry.record_nbytes, crc32)
+
     def read(self, layer: int, expert: int, start: int, into: memoryview) -> None:
         """Fill `into` from the record. Raises PackedModelError where the file ends early or the disk fails."""
-        entry = self._layers[layer]
-        path, file = self._folder / entry.file, self._files[entry.file]
-        offset = entry.offset + expert * entry.record_nbytes + start
+        place = self.place(layer, expert)
+        offset = place.offset + start
         try:
-            done = read_into(file, into, offset)
+            done = read_into(place.file, into, offset)
         except OSError as error:
-            raise PackedModelError(f"{path}: {error.strerror} at byte {offset}: check the disk") from error
+            raise self.unreadable(layer, offset, error.errno or 0) from error
         if done < len(into):
-            raise PackedModelError(f"{path} ended at byte {offset + done}: delete the packed folder and pack again")
+            raise self.ended(layer, offset + done)
         if not self.direct:
-            os.posix_fadvise(file, offset, len(into), os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(place.file, offset, len(into), os.POSIX_FADV_DONTNEED)
 
     def check(self, layer: int, expert: int, record: memoryview) -> None:
         """Compare the checksum the first time a record is read; later reads trust the file."""
-        with self._lock:
-            if (layer, expert) in self._checked:
-                return
-        entry = self._layers[layer]
-        check_bytes(self._folder / entry.file, record, entry.crc32[expert], f"expert {expert} of {entry.module}")
-        with self._lock:
-            self._checked.add((layer, expert))
+        crc32 = self.place(layer, expert).crc32
+        if crc32 is not None and zlib.crc32(record) != crc32:
+            raise self.corrupted(layer, expert)
+        self.trust(layer, expert)
+
+    def trust(self, layer: int, expert: int) -> None:
+        """A record has the checksum that it should have."""
+        self._trusted.add((layer, expert))
+
+    def unreadable(self, layer: int, at: int, number: int) -> PackedModelError:
+        """The system's error `number` came at byte `at` of a layer's file."""
+        return PackedModelError(f"{self._path(layer)}: {os.strerror(number)} at byte {at}: check the disk")
+
+    def ended(self, layer: int, at: int) -> PackedModelError:
+        """A layer's file is too short."""
+        return PackedModelError(f"{self._path(layer)} ended at byte {at}: delete the packed folder and pack again")
+
+    def corrupted(self, layer: int, expert: int) -> PackedModelError:
+        """A record's checksum is another."""
+        return corrupted(self._path(layer), f"expert {expert} of {self._layers[layer].module}")
+
+    def _path(self, layer: int) -> Path:
+        return self._folder / self._layers[layer].file
 
     def close(self) -> None:
         """Close all files."""
@@ -140,10 +174,19 @@ class Arena:
         """Bytes of the buffers that nothing was read into yet: the system counts them as free."""
         return (self.count - sum(self._touched)) * self.record_nbytes
 
+    @property
+    def memory(self) -> torch.Tensor:
+        """All buffers, uint8 [count · record_nbytes]."""
+        return self._tensor
+
+    def touch(self, buffer: int) -> int:
+        """A buffer is to be read into: where it starts in `memory`."""
+        self._touched[buffer] = 1
+        return buffer * self.record_nbytes
+
     def view(self, buffer: int, nbytes: int) -> memoryview:
         """The first `nbytes` of a buffer, to read into."""
-        start = buffer * self.record_nbytes
-        self._touched[buffer] = 1
+        start = self.touch(buffer)
         return self._view[start : start + nbytes]
 
     def address(self, buffer: int) -> int:
@@ -152,6 +195,5 @@ class Arena:
 
     def record(self, buffer: int) -> torch.Tensor:
         """A buffer as uint8 [record_nbytes], sharing memory."""
-        start = buffer * self.record_nbytes
-        self._touched[buffer] = 1
+        start = self.touch(buffer)
         return self._tensor[start : start + self.record_nbytes]

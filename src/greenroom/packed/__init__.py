@@ -16,7 +16,7 @@ from greenroom.packed.manifest import (
     RecordTensor,
     TensorEntry,
 )
-from greenroom.packed.reader import PackedModel, check_bytes
+from greenroom.packed.reader import PackedModel, corrupted
 from greenroom.packed.receipt import Estimate, Receipt
 from greenroom.packed.writer import Entry, Journal, header_of, replace_text, write_file
 
@@ -34,7 +34,7 @@ __all__ = [
     "Receipt",
     "RecordTensor",
     "TensorEntry",
-    "check_bytes",
+    "corrupted",
     "header_of",
     "locked",
     "replace_text",

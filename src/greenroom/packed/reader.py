@@ -72,7 +72,7 @@ class PackedModel:
                 crc32 = zlib.crc32(raw, crc32)
             os.posix_fadvise(handle.fileno(), entry.offset, entry.nbytes, os.POSIX_FADV_DONTNEED)
         if crc32 != entry.crc32:
-            raise _corrupted(path, entry.name)
+            raise corrupted(path, entry.name)
 
     def add_receipt(self, receipt: Receipt) -> None:
         """Put the receipt into the manifest, in the place of an earlier one; a reader sees the old or the new.
@@ -124,16 +124,17 @@ class PackedModel:
                     f"{self.folder / file} ended at byte {offset + done}: delete the packed folder and pack again"
                 )
             os.posix_fadvise(handle.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
-        check_bytes(self.folder / file, view, crc32, what)
+        _check_bytes(self.folder / file, view, crc32, what)
 
 
-def check_bytes(path: Path, data: memoryview, crc32: int, what: str) -> None:
+def _check_bytes(path: Path, data: memoryview, crc32: int, what: str) -> None:
     """Raise PackedModelError unless `data` has the checksum `crc32`."""
     if zlib.crc32(data) != crc32:
-        raise _corrupted(path, what)
+        raise corrupted(path, what)
 
 
-def _corrupted(path: Path, what: str) -> PackedModelError:
+def corrupted(path: Path, what: str) -> PackedModelError:
+    """What to say of bytes that do not have their checksum."""
     return PackedModelError(
         f"{path}: {what} is corrupted (its checksum does not match): delete the packed folder and pack again"
     )
