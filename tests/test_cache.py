@@ -33,10 +33,16 @@ def make(capacities, staging, policy):
     return ExpertCache(layers=LAYERS, capacities=capacities, staging=staging, policy=POLICIES[policy], validate=True)
 
 
-def drive(cache: ExpertCache, requests, rng: random.Random, guess: bool = True, seen=lambda: None):
-    """A live run in miniature: reads finish in any order, guesses are right or wrong."""
+def drive(cache: ExpertCache, requests, rng: random.Random, guess: bool = True, seen=lambda: None, expect: bool = True):
+    """A live run in miniature: reads finish in any order, guesses are right or wrong, some requests are expected, and,
+    where there are guesses, some that do not come."""
     reading, accesses = [], []
     for layer, experts, guesses in requests:
+        if expect and rng.random() < 0.5:
+            reading += cache.expect(layer, guesses if guess and rng.random() < 0.3 else experts)
+            while reading and rng.random() < 0.5:
+                cache.loaded(reading.pop(rng.randrange(len(reading))).buffer)
+                seen()
         access = cache.request(layer, experts)
         accesses.append(access)
         waiting = set(experts)
@@ -128,6 +134,54 @@ def test_a_replay_has_the_hits_of_the_live_run(scenario):
     live = drive(make(capacities, staging, policy), requests, rng)
     again = replay(make(capacities, staging, policy), [(layer, experts) for layer, experts, _ in requests])
     assert [set(a.hits) for a in live] == [set(a.hits) for a in again]
+
+
+@settings(max_examples=200, deadline=None)
+@given(scenarios())
+def test_what_is_expected_is_still_a_miss(scenario):
+    capacities, staging, policy, requests, rng = scenario
+    cache = make(capacities, staging, policy)
+    live = drive(cache, requests, rng, guess=False)
+    assert live == replay(make(capacities, staging, policy), [(layer, experts) for layer, experts, _ in requests])
+    assert cache.counters.loads == cache.counters.misses == sum(len(access.misses) for access in live)
+
+
+def test_what_is_guessed_is_none():
+    """Negative control of the test before."""
+    cache = make([2] * LAYERS, 2, "lru")
+    cache.guess(1, [4])
+    assert len(cache.issue()) == 1
+    assert cache.expect(1, [3, 4]) != [] and cache.request(1, [3, 4]).late == ((1, 4),)
+
+
+def test_accesses_of_other_layers_leave_alone_what_is_expected():
+    cache = make([1, 0, 0], 1, "lru")
+    serve(cache, 0, [5], [])
+    (load,) = cache.expect(1, [2, 3])  # one buffer is free
+    assert not load.speculative and cache.hit(0, [5], [5]) is not None
+    cache.guess(2, [0])
+    assert cache.issue() == []
+    cache.loaded(load.buffer)
+    assert cache.request(1, [2, 3]).misses == ((1, 2), (1, 3)) and cache.ready(1, 2) == load.buffer
+
+
+def test_another_request_drops_what_was_expected():
+    cache = make([1] * LAYERS, 1, "lru")
+    loads = cache.expect(1, [2, 3, 4, 5])
+    for load in loads:
+        cache.loaded(load.buffer)
+    assert len(loads) == cache.buffers and cache.request(0, [2]).misses == ((0, 2),)
+    assert len(cache.free) == cache.buffers and cache.ready(1, 2) is None
+
+
+def test_giving_up_frees_what_was_expected():
+    cache = make([1] * LAYERS, 2, "lru")
+    there, coming = cache.expect(1, [2, 3])
+    cache.loaded(there.buffer)
+    cache.abort()
+    assert there.buffer in cache.free and cache.ready(1, 2) is None
+    cache.loaded(coming.buffer)
+    assert len(cache.free) == cache.buffers
 
 
 @settings(max_examples=100, deadline=None)

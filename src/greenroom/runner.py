@@ -163,6 +163,15 @@ class ExpertRunner:
         nowhere = [0] * entry.num_experts
         return native.records(entry.tensors, self._kind(layer, module), nowhere, entry.record_nbytes)
 
+    def expect(self, layer: int, experts: "list[int]") -> None:
+        """The layer will be asked for `experts`, though others may come before it: begin to read what it lacks."""
+        try:
+            for load in self._cache.expect(layer, experts):
+                self._transfer.start(load)
+        except BaseException:
+            self._give_up()
+            raise
+
     @property
     def wants_shares(self) -> bool:
         """Whether `walked` is to be told what routers think of all experts."""

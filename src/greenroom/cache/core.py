@@ -2,6 +2,7 @@
 
 One access of a layer goes:
 
+    cache.expect(layer, experts)             optional: what will be missing may be read before the request is prepared
     access = cache.request(layer, experts)   what is there, what is late, what is missing
     for load in cache.issue(): ...           start these reads
     cache.guess(next_layer, ranked)          optional; issue() starts guesses when no demand is waiting
@@ -128,8 +129,19 @@ class ExpertCache:
         self._resident: list[set[Key]] = [set() for _ in capacities]
         self._queue = _Queue()
         self._active: set[Key] = set()  # requested and not yet released
+        self._expected: set[Key] = set()  # held for the request that comes, which will count them as misses
         self._moved: set[Key] = set()  # came or went since they were discarded
         self._recent: dict[int, Sequence[int]] = {}  # each layer's latest set, for policies
+
+    def expect(self, layer: int, experts: Sequence[int]) -> list[Load]:
+        """The next request will be for `experts` of `layer`: loads, to be started, of what it will find missing, as far
+        as buffers are free. Other layers may `hit` before it; if another request comes instead, they are dropped."""
+        self._queue.guesses = [key for key in self._queue.guesses if key[0] != layer]
+        lacking = [(layer, expert) for expert in experts if (layer, expert) not in self._held]
+        loads = [self._start(key, speculative=False) for key in lacking[: len(self._free)]]
+        self._expected.update(load.key for load in loads)
+        self._check()
+        return loads
 
     def request(
         self,
@@ -146,7 +158,9 @@ class ExpertCache:
         assert not self._active, "finish the previous access first"
         needed = [(layer, expert) for expert in experts]
         self._drop_guesses(layer, keep=set(needed))
+        self._drop_expected(keep=set(needed))
         access = self._classify(needed)
+        self._expected.clear()
         group = self._group(layer)
         ranked = needed if valued is None else [(layer, expert) for expert in valued]
         hints = Hints(layer, self._recent, probabilities)
@@ -327,16 +341,16 @@ class ExpertCache:
             held.pinned = False
         for group, resident in enumerate(self._resident):
             self._resident[group] = resident & self._held.keys()
-        self._queue, self._active = _Queue(), set()
+        self._queue, self._active, self._expected = _Queue(), set(), set()
         self._check()
 
     def _classify(self, needed: list[Key]) -> Access:
         resident = self._resident[self._group(needed[0][0])] if needed else set()
         hits = tuple(key for key in needed if key in resident and key in self._held)
-        staged = [key for key in needed if key in self._held and key not in resident]
-        prefetched = tuple(key for key in staged if self._held[key].ready)
-        late = tuple(key for key in staged if not self._held[key].ready)
-        misses = tuple(key for key in needed if key not in self._held)
+        guessed = [key for key in needed if key in self._held and key not in resident and key not in self._expected]
+        prefetched = tuple(key for key in guessed if self._held[key].ready)
+        late = tuple(key for key in guessed if not self._held[key].ready)
+        misses = tuple(key for key in needed if key not in self._held or key in self._expected)
         self.counters.hits += len(hits)
         self.counters.prefetched += len(prefetched)
         self.counters.late += len(late)
@@ -369,6 +383,12 @@ class ExpertCache:
         for key in [key for key in self._guessed if key[0] == layer and key not in keep]:
             self._discard(key)
 
+    def _drop_expected(self, keep: set[Key]) -> None:
+        for key in self._expected - keep:
+            self._expected.remove(key)
+            self._held[key].pinned = False
+            self._discard(key)
+
     def _discard(self, key: Key) -> None:
         held = self._held.pop(key)
         self._moved.add(key)
@@ -395,7 +415,8 @@ class ExpertCache:
         for key in residents - self._held.keys():
             assert key in self._queue.demand, f"{key} has a slot but is neither held nor asked for"
         for key, held in self._held.items():
-            assert held.pinned == (key in self._active), f"{key} is pinned without being requested, or the reverse"
+            wanted = key in self._active or key in self._expected
+            assert held.pinned == wanted, f"{key} is pinned without being requested, or the reverse"
             assert held.pinned or key in self._guessed or key in residents, f"{key} holds a buffer for no reason"
         assert self._active.issuperset(self._queue.demand), "a load is queued that nobody asked for"
         assert self._guessed.keys() <= self._held.keys() and len(self._guessed) <= self.staging, "guesses took slots"

@@ -63,6 +63,10 @@ class Residents(Protocol):
         many layers may be passed before this is asked again, 0 while they have to be served one by one."""
         ...
 
+    def expect(self, layer: int, experts: "list[int]") -> None:
+        """A token will want `experts` of a layer, and not find all; meanwhile others are told of."""
+        ...
+
     def walked(
         self, passed: "Sequence[tuple[int, list[int], list[float], list[float] | None]]", compute_s: float
     ) -> None:
@@ -298,6 +302,8 @@ class DecodeStep:
         ]
         self.walks += 1
         lacking = passed.pop() if not whole else None
+        if lacking is not None:
+            self._residents.expect(lacking[0], lacking[1])
         self._residents.walked(passed, native.experts_s() - before_s)
         if lacking is not None:
             self._experts(first + len(found) - 1, lacking[1], lacking[2], self._serve)
