@@ -136,7 +136,7 @@ class ExpertCache:
     def expect(self, layer: int, experts: Sequence[int]) -> list[Load]:
         """The next request will be for `experts` of `layer`: loads, to be started, of what it will find missing, as far
         as buffers are free. Other layers may `hit` before it; if another request comes instead, they are dropped."""
-        self._queue.guesses = [key for key in self._queue.guesses if key[0] != layer]
+        self._drop_guesses(layer, keep={(layer, expert) for expert in experts})
         lacking = [(layer, expert) for expert in experts if (layer, expert) not in self._held]
         loads = [self._start(key, speculative=False) for key in lacking[: len(self._free)]]
         self._expected.update(load.key for load in loads)
