@@ -4,6 +4,8 @@ import heapq
 import itertools
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 from greenroom.cache import Load
 from greenroom.readers.arrival import PIECE_NBYTES, Arrival
@@ -90,30 +92,19 @@ class ThreadedReaders:
                 if self._closing:
                     return
                 _, _, record, start, length = heapq.heappop(self._queue)
-            error = self._read(record, start, length)
+            error = _error_of(self._read, record, start, length)
             with self._state:
                 record.error, record.left = record.error or error, record.left - 1
                 last = record.left == 0
-            if last:
-                self._report(record, record.error or self._check(record))
+            if last:  # checksums take milliseconds: whoever read the last piece compares them
+                self._report(record, record.error or _error_of(self._check, record))
 
-    def _read(self, record: _Record, start: int, length: int) -> "BaseException | None":
-        layer, expert = record.load.key
-        try:
-            target = self._arena.view(record.load.buffer, record.nbytes)
-            self._store.read(layer, expert, start, target[start : start + length])
-        except BaseException as error:  # handed to the thread that waits
-            return error
-        return None
+    def _read(self, record: _Record, start: int, length: int) -> None:
+        target = self._arena.view(record.load.buffer, record.nbytes)
+        self._store.read(*record.load.key, start, target[start : start + length])
 
-    def _check(self, record: _Record) -> "BaseException | None":
-        """By whoever read the last piece: checksums take milliseconds."""
-        layer, expert = record.load.key
-        try:
-            self._store.check(layer, expert, self._arena.view(record.load.buffer, record.nbytes))
-        except BaseException as error:
-            return error
-        return None
+    def _check(self, record: _Record) -> None:
+        self._store.check(*record.load.key, self._arena.view(record.load.buffer, record.nbytes))
 
     def _report(self, record: _Record, error: "BaseException | None") -> None:
         with self._state:
@@ -124,3 +115,12 @@ class ThreadedReaders:
             self._reading.remove(record.load.buffer)
             self._arrivals.append((record, self.left_nbytes, time.perf_counter()))
             self._arrived.notify()
+
+
+def _error_of(action: "Callable[..., None]", *arguments: Any) -> "BaseException | None":
+    """What it raises, for the thread that waits."""
+    try:
+        action(*arguments)
+    except BaseException as error:
+        return error
+    return None
