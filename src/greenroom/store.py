@@ -14,7 +14,7 @@ import torch
 
 from greenroom.buffers import allocate, byte_view, open_direct, read_into
 from greenroom.errors import PackedModelError
-from greenroom.packed import PackedModel, corrupted
+from greenroom.packed import PackedModel, corrupted, ended
 
 
 class Store(Protocol):
@@ -118,7 +118,7 @@ class DiskStore:
 
     def ended(self, layer: int, at: int) -> PackedModelError:
         """A layer's file is too short."""
-        return PackedModelError(f"{self._path(layer)} ended at byte {at}: delete the packed folder and pack again")
+        return ended(self._path(layer), at)
 
     def corrupted(self, layer: int, expert: int) -> PackedModelError:
         """A record's checksum is another."""
@@ -160,8 +160,9 @@ class Arena:
 
     def __init__(self, count: int, record_nbytes: int) -> None:
         self.count, self.record_nbytes = count, record_nbytes
-        self._tensor = allocate(max(count * record_nbytes, 1))
-        self._view = byte_view(self._tensor)
+        self.memory = allocate(max(count * record_nbytes, 1))
+        """all buffers, uint8 [count · record_nbytes]"""
+        self._view = byte_view(self.memory)
         self._touched = bytearray(count)
 
     @property
@@ -173,11 +174,6 @@ class Arena:
     def untouched_nbytes(self) -> int:
         """Bytes of the buffers that nothing was read into yet: the system counts them as free."""
         return (self.count - sum(self._touched)) * self.record_nbytes
-
-    @property
-    def memory(self) -> torch.Tensor:
-        """All buffers, uint8 [count · record_nbytes]."""
-        return self._tensor
 
     def touch(self, buffer: int) -> int:
         """A buffer is to be read into: where it starts in `memory`."""
@@ -191,9 +187,9 @@ class Arena:
 
     def address(self, buffer: int) -> int:
         """Where a buffer starts in memory."""
-        return self._tensor.data_ptr() + buffer * self.record_nbytes
+        return self.memory.data_ptr() + buffer * self.record_nbytes
 
     def record(self, buffer: int) -> torch.Tensor:
         """A buffer as uint8 [record_nbytes], sharing memory."""
         start = self.touch(buffer)
-        return self._tensor[start : start + self.record_nbytes]
+        return self.memory[start : start + self.record_nbytes]

@@ -16,7 +16,7 @@ from greenroom.packed.manifest import (
     RecordTensor,
     TensorEntry,
 )
-from greenroom.packed.reader import PackedModel, corrupted
+from greenroom.packed.reader import PackedModel, corrupted, ended
 from greenroom.packed.receipt import Estimate, Receipt
 from greenroom.packed.writer import Entry, Journal, header_of, replace_text, write_file
 
@@ -35,6 +35,7 @@ __all__ = [
     "RecordTensor",
     "TensorEntry",
     "corrupted",
+    "ended",
     "header_of",
     "locked",
     "replace_text",

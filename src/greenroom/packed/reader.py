@@ -120,17 +120,15 @@ class PackedModel:
         with (self.folder / file).open("rb", buffering=0) as handle:
             done = read_into(handle.fileno(), view, offset)
             if done < nbytes:
-                raise PackedModelError(
-                    f"{self.folder / file} ended at byte {offset + done}: delete the packed folder and pack again"
-                )
+                raise ended(self.folder / file, offset + done)
             os.posix_fadvise(handle.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
-        _check_bytes(self.folder / file, view, crc32, what)
+        if zlib.crc32(view) != crc32:
+            raise corrupted(self.folder / file, what)
 
 
-def _check_bytes(path: Path, data: memoryview, crc32: int, what: str) -> None:
-    """Raise PackedModelError unless `data` has the checksum `crc32`."""
-    if zlib.crc32(data) != crc32:
-        raise corrupted(path, what)
+def ended(path: Path, at: int) -> PackedModelError:
+    """What to say of a file that is too short."""
+    return PackedModelError(f"{path} ended at byte {at}: delete the packed folder and pack again")
 
 
 def corrupted(path: Path, what: str) -> PackedModelError:
