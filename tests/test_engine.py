@@ -650,21 +650,22 @@ def test_a_model_that_is_dropped_stops_its_threads(packed4: PackedModel) -> None
     assert gone() is None and readers() == before
 
 
+def threads_alive() -> int:
+    """Those of C++, too."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 @pytest.mark.usefixtures("alone")
 def test_the_next_model_stops_those_that_were_dropped(packed4: PackedModel) -> None:
     """Python collects what lies in cycles too rarely."""
-
-    def count() -> int:
-        return len(list(Path("/proc/self/task").iterdir()))
-
-    before, gone = count(), []
+    before, gone = threads_alive(), []
     gc.disable()
     try:
         for _ in range(3):
             engine = Engine(packed4, EngineSettings(experts_per_layer=2, context=16))
             engine.model.generate(torch.arange(4, 9)[None], max_new_tokens=2)
             gone.append(weakref.ref(engine))
-            running = count()
+            running = threads_alive()
             del engine
         assert [ref() is None for ref in gone] == [True, True, False]
         assert running - before <= 5, "four readers, and the thread that stops them"
@@ -675,7 +676,7 @@ def test_the_next_model_stops_those_that_were_dropped(packed4: PackedModel) -> N
 
 @pytest.mark.usefixtures("alone")
 def test_what_fails_to_start_leaves_nothing(packed4: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, files = len(list(Path("/proc/self/task").iterdir())), len(list(Path("/proc/self/fd").iterdir()))
+    before, files = threads_alive(), len(list(Path("/proc/self/fd").iterdir()))
     try:
         torch.set_num_threads(2)
         with pytest.raises(BudgetError):
@@ -684,7 +685,7 @@ def test_what_fails_to_start_leaves_nothing(packed4: PackedModel, monkeypatch: p
             patch.setattr("greenroom.engine.DecodeStep", None)
             with pytest.raises(TypeError):
                 Engine(packed4, EngineSettings(experts_per_layer=2, context=16))
-        assert torch.get_num_threads() == 2 and len(list(Path("/proc/self/task").iterdir())) == before
+        assert torch.get_num_threads() == 2 and threads_alive() == before
         gc.collect()  # embeddings stay mapped while the error's frames are kept
         assert len(list(Path("/proc/self/fd").iterdir())) == files
     finally:

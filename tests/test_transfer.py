@@ -386,9 +386,8 @@ def test_closed_readers_of_files_say_so(transfers, packed4: PackedModel, way) ->
 @pytest.mark.skipif(not extension(), reason="not built")
 def test_compiled_readers_stay_in_their_memory_and_keep_it(packed4: PackedModel) -> None:
     owner = bytearray(100)
-    readers = extension().Readers(
-        memoryview(owner), 1 << 40, 100, 1, PIECE_NBYTES
-    )  # an address that is never written to
+    nowhere = 1 << 40  # never written to
+    readers = extension().Readers(memoryview(owner), nowhere, 100, 1, PIECE_NBYTES)
     with a_file(packed4) as file:
         for place, nbytes in [(-1, 10), (0, 101), (91, 10), (0, 0)]:
             with pytest.raises(ValueError, match="outside"):
@@ -400,7 +399,7 @@ def test_compiled_readers_stay_in_their_memory_and_keep_it(packed4: PackedModel)
     owner.append(1)
     for threads, piece in [(0, 1), (1, 0)]:
         with pytest.raises(ValueError):
-            extension().Readers(owner, 1 << 40, 100, threads, piece)
+            extension().Readers(owner, nowhere, 100, threads, piece)
 
 
 @contextlib.contextmanager
