@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from greenroom.buffers import sent
 from greenroom.cache import ExpertCache, Load
 from greenroom.device import Device, Event
+from greenroom.expert_call import Call, Shares
 from greenroom.kernels import Activation, ExpertsKernel, ExpertTask
 from greenroom.kernels.over_slots import SlotsKernel
 from greenroom.metrics import Stopwatch
 from greenroom.packed import ExpertsEntry
 from greenroom.placement import Placement
-from greenroom.runner import Call, ExpertRunner, Shares, activation_of
+from greenroom.runner import ExpertRunner, activation_of
 from greenroom.tiers import DeviceArena, SlotTable, TierTransfer
 
 MOST_TOKENS = 16

@@ -4,7 +4,6 @@ The order in which experts arrive never shows: each expert's output is computed 
 and outputs are summed in ascending order of expert.
 """
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 
 from greenroom import seam
-from greenroom.buffers import sent
 from greenroom.cache import ExpertCache
 from greenroom.cache.curve import MissRatioCurve
+from greenroom.expert_call import Call, Shares
 from greenroom.kernels import Activation, ExpertsKernel, ExpertTask, native
 from greenroom.metrics import Metrics, Stopwatch
 from greenroom.packed import ExpertsEntry
@@ -25,8 +24,6 @@ from greenroom.threads import kept_from_torch
 from greenroom.transfer import Transfer
 
 Rows = torch.Tensor | list[list[int]] | list[list[float]]
-Shares = list[float]
-"""What a router thinks of all experts for one token: shares of 1 that float16 can hold, as traces do."""
 Passed = tuple[int, list[int], list[float], "Shares | None"]
 """(layer, experts, weights, what the router thinks of all where `wants_shares`) of a token that found all it wanted"""
 Observer = Callable[[int, torch.Tensor, Rows, Rows, "Shares | None"], None]
@@ -34,11 +31,6 @@ Observer = Callable[[int, torch.Tensor, Rows, Rows, "Shares | None"], None]
 
 _ANY_ORDER = 64
 """Up to this many (token, expert) pairs, outputs are kept until all are there, and computed in order of arrival."""
-
-
-_FEW_ROWS = 8
-"""Up to this many rows are added one by one: index_add_ starts torch's threads even for one row, and where a core is
-busy it waits milliseconds for them."""
 
 
 class ExpertRunner:
@@ -214,7 +206,7 @@ class ExpertRunner:
         if not prompt:
             self._curve.feed(layer, valued)
 
-    def _call(self, layer: int, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> "Call":
+    def _call(self, layer: int, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Call:
         shares = self._shares(layer, x)
         return Call(self._entries[layer], x, top_k_index, top_k_weights, shares)
 
@@ -226,7 +218,7 @@ class ExpertRunner:
             return None
         return router.shares(router.scores(x))
 
-    def _serve(self, layer: int, call: "Call", activation: Activation, prompt: bool) -> torch.Tensor:
+    def _serve(self, layer: int, call: Call, activation: Activation, prompt: bool) -> torch.Tensor:
         """The weighted sum, when all has been asked for."""
         serve = self._in_turn if prompt else self._as_they_come
         return serve(layer, call, activation)
@@ -296,7 +288,7 @@ class ExpertRunner:
             self._start_loads()
             self._collect(wait=False)
 
-    def _as_they_come(self, layer: int, call: "Call", activation: Activation) -> torch.Tensor:
+    def _as_they_come(self, layer: int, call: Call, activation: Activation) -> torch.Tensor:
         """Resident experts first, then the others in the order in which their reads finish."""
         outputs: dict[int, torch.Tensor] = {}
         waiting = list(call.experts)
@@ -314,7 +306,7 @@ class ExpertRunner:
             call.add(out, expert, outputs[expert])
         return out.to(call.x.dtype)
 
-    def _in_turn(self, layer: int, call: "Call", activation: Activation) -> torch.Tensor:
+    def _in_turn(self, layer: int, call: Call, activation: Activation) -> torch.Tensor:
         """A prompt: experts in ascending order, each added at once, so that few outputs are held."""
         out = torch.zeros_like(call.x, dtype=torch.float32)
         early: dict[int, torch.Tensor] = {}
@@ -335,7 +327,7 @@ class ExpertRunner:
         return out.to(call.x.dtype)
 
     def _compute(
-        self, layer: int, call: "Call", experts: "list[int]", activation: Activation
+        self, layer: int, call: Call, experts: "list[int]", activation: Activation
     ) -> "dict[int, torch.Tensor]":
         tasks = []
         for expert in experts:
@@ -379,68 +371,6 @@ class ExpertRunner:
         metrics.requests, metrics.hits = counters.requests, counters.hits
         metrics.prefetched, metrics.late = counters.prefetched, counters.late
         metrics.misses, metrics.guesses = counters.misses, counters.guesses
-
-
-class Call:
-    """One call's routing, sorted by expert. x [T, H] may lie on a device; index and weights [T, k] and, where the cache
-    is told of them, the router's `shares` [1, experts] lie on the host."""
-
-    def __init__(
-        self,
-        entry: ExpertsEntry,
-        x: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-        shares: "torch.Tensor | None",
-    ) -> None:
-        self.x = x
-        self.shares: Shares | None = None if shares is None else shares[0].tolist()
-        top_k = top_k_index.shape[1]
-        flat = top_k_index.reshape(-1)
-        self.order = torch.argsort(flat, stable=True)
-        """pairs (token · k + place) by expert"""
-        self._rows = self.order // top_k
-        self._host_weights = top_k_weights.reshape(-1)[self.order]
-        experts, counts = torch.unique_consecutive(flat[self.order], return_counts=True)
-        self.spans: dict[int, tuple[int, int]] = {}
-        """expert → the first of its pairs in `order`, and the first that is not"""
-        end = 0
-        for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
-            start, end = end, end + count
-            if 0 <= expert < entry.num_experts:
-                self.spans[expert] = (start, end)
-        self.experts = list(self.spans)
-        """distinct experts, ascending: the order of computing and of summing"""
-        ends = [end - 1 for _, end in self.spans.values()]
-        last = zip(self._rows[ends].tolist(), self._host_weights[ends].tolist(), self.experts, strict=True)
-        self.valued = [expert for _, _, expert in sorted(last)]
-        """the same, least valuable first: by the last token that uses it, then by its weight there"""
-
-    @functools.cached_property
-    def placed_rows(self) -> torch.Tensor:
-        """int64 [P]: each pair's token, pairs sorted by expert, where x is."""
-        return sent(self._rows, self.x.device)
-
-    @functools.cached_property
-    def _weights(self) -> torch.Tensor:
-        return sent(self._host_weights, self.x.device).unsqueeze(1)
-
-    def rows(self, expert: int) -> torch.Tensor:
-        """Tokens routed to the expert, int64 [n], where x is."""
-        start, end = self.spans[expert]
-        return self.placed_rows[start:end]
-
-    def add(self, out: torch.Tensor, expert: int, output: torch.Tensor) -> None:
-        """Add the expert's weighted output [n, H] to out [T, H] (float32)."""
-        start, end = self.spans[expert]
-        if native.add_weighted(out, output, self.placed_rows[start:end], self._weights[start:end]):
-            return
-        weighted = (output * self._weights[start:end]).to(torch.float32)
-        if end - start > _FEW_ROWS or out.device.type != "cpu":
-            out.index_add_(0, self.placed_rows[start:end], weighted)
-            return
-        for row, one in zip(self._rows[start:end].tolist(), weighted, strict=True):
-            out[row] += one
 
 
 def activation_of(module: Any) -> Activation:
