@@ -867,13 +867,13 @@ def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path, bits: i
     for experts in (8, 32):
         config = {"hidden_size": width, "intermediate_size": width, "num_local_experts": experts, "vocab_size": 4096}
         src = write_mixtral(tmp_path / f"s{experts}", **config, shards=2)
-        # the lesser of two: others on the machine add to a peak, up to half an expert now and then
+        # the lesser of two: how the caller and the worker meet adds to a peak, up to two experts now and then
         peaks[experts] = min(peak_of_packing(src, tmp_path / f"m{experts}-{turn}", bits) for turn in range(2))
         shutil.rmtree(src)
     expert_nbytes = 3 * width * width * 4
-    allowed = 2 * expert_nbytes + 4096 * width * 4
-    assert peaks[32] < allowed + (64 << 20)
-    assert peaks[32] - peaks[8] < expert_nbytes // 2, peaks  # 24 experts more
+    # at a time: one expert being read, one that waits, one that is packed, one that is written
+    assert peaks[32] < 4 * expert_nbytes + 4096 * width * 4 + (64 << 20)
+    assert peaks[32] - peaks[8] < 3 * expert_nbytes, peaks  # 24 experts more
 
 
 def test_the_writer_notices_data_that_is_not_as_announced(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def in_order(function: "Callable[[Item], Result]", items: "Iterable[Item]", work
         try:
             for item in items:
                 under_way.append(pool.submit(function, item))
+                del item  # else it outlasts its turn, while the next one is read
                 if len(under_way) > workers:
                     yield under_way.popleft().result()
             while under_way:
