@@ -14,7 +14,11 @@
 namespace greenroom {
 namespace {
 
-constexpr int kHeadTile = 4;  // query heads that share what is loaded of a key or value
+// Query heads that share what is loaded of a key or value: as many as registers hold two vectors of sums of.
+template <class V>
+constexpr int head_tile() {
+    return V::kWidth == 16 && V::kRegisters == 32 ? 8 : 4;
+}
 
 constexpr int kBlocksAhead = 2;     // blocks of positions between what is computed and what is fetched
 
@@ -105,22 +109,20 @@ inline void exponentials(float* row, int count, float* highest, float* sum) {
     *sum = total;
 }
 
-// A tile of up to kHeadTile heads, once with each number of them.
-template <class Body>
-void by_tiles(int heads, const Body& body) {
-    for (int head = 0; head < heads; head += kHeadTile) switch (heads - head) {
-            case 1: body(head, Count<1>{}); break;
-            case 2: body(head, Count<2>{}); break;
-            case 3: body(head, Count<3>{}); break;
-            default: body(head, Count<kHeadTile>{}); break;
-        }
+// body(head, Count) for tiles of N heads, and for one of those that are left.
+template <int N, class Body>
+void by_tiles(int head, int heads, const Body& body) {
+    if constexpr (N > 0) {
+        for (; head + N <= heads; head += N) body(head, Count<N>{});
+        by_tiles<N - 1>(head, heads, body);
+    }
 }
 
 template <class V>
 void attend(const Span& span) {
     alignas(64) float scores[kHeadsAtOnce][kSpan];
     for (int at = 0; at < span.last; at += kPositions)
-        by_tiles(span.heads, [&](int head, auto count) {
+        by_tiles<head_tile<V>()>(0, span.heads, [&](int head, auto count) {
             const float* q[count.value];
             float* to[count.value];
             for (int n = 0; n < count.value; ++n) {
@@ -134,7 +136,7 @@ void attend(const Span& span) {
         exponentials(scores[head] + span.first, span.last - span.first, span.highest + head, span.sum + head);
     for (std::int64_t i = 0; i < static_cast<std::int64_t>(span.heads) * span.value_dim; ++i) span.out[i] = 0.0f;
     for (int at = span.first; at < span.last; at += kPositions)
-        by_tiles(span.heads, [&](int head, auto count) {
+        by_tiles<head_tile<V>()>(0, span.heads, [&](int head, auto count) {
             const float* weights[count.value];
             float* out[count.value];
             for (int n = 0; n < count.value; ++n) {

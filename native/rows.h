@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kTile = 4;
 constexpr int kGroupsAhead = 1024;  // whose codes are fetched early
+constexpr int kValuesAhead = 4096;  // bytes of 16-bit values, likewise
 
 // The four-fold sums of one vector: kept apart while a row is read, so that additions need not wait for each other.
 template <class V>
@@ -101,6 +102,7 @@ void plain_row(const Matrix& matrix, std::int64_t row, const std::uint8_t* const
     for (std::int64_t column = 0; column < matrix.cols; column += kBlock) {
         std::uint8_t tail[2 * kBlock] = {};
         const std::uint8_t* block = values + 2 * column;
+        for (int i = 0; i < 2 * kBlock; i += 64) __builtin_prefetch(block + kValuesAhead + i);
         if (matrix.cols - column < kBlock) {
             std::memcpy(tail, block, static_cast<std::size_t>(2 * (matrix.cols - column)));
             block = tail;
