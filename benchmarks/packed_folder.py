@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.shapes import Pairing, Shape
 from greenroom import seam
 from greenroom.buffers import byte_view
+from greenroom.expert_records import experts_entry, record_entries
 from greenroom.packed import (
     MANIFEST_NAME,
     Entry,
@@ -25,7 +26,6 @@ from greenroom.packed import (
     replace_text,
     write_file,
 )
-from greenroom.packing import experts_entry, record_entries
 from greenroom.quant import Format, Layout
 
 _DENSE = Format.of(4, 64)

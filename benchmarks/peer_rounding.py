@@ -23,7 +23,7 @@ from greenroom.calibration import Calibration, Given, Inputs
 from greenroom.checkpoint import Checkpoint
 from greenroom.errors import ConfigError
 from greenroom.evaluate.rounding import rounded
-from greenroom.packing import balanced
+from greenroom.expert_records import balanced
 from greenroom.quant import Format, Layout, dequantize, quantize_for
 from greenroom.seam import ExpertsModule
 

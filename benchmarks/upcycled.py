@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.weights import layer_of
 from greenroom.checkpoint import Checkpoint
+from greenroom.expert_records import balanced
 from greenroom.packed import ExpertsEntry
-from greenroom.packing import balanced
 from greenroom.quant import Format, quantize, quantize_into
 from greenroom.threads import in_order
 

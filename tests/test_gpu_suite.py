@@ -21,9 +21,9 @@ from benchmarks.shapes import SHAPES
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from greenroom import seam
+from greenroom.expert_records import experts_entry
 from greenroom.kernels import device
 from greenroom.kernels.gpu import launch
-from greenroom.packing import experts_entry
 from greenroom.quant import Format
 from samples import some
 

@@ -11,7 +11,8 @@ import greenroom
 
 ROOMS = [
     "errors", "sizes", "progress", "environment", "folders", "machine", "smoothing", "buffers", "threads",
-    "dropped", "quant", "config", "seam", "tokenizer", "checkpoint", "packed", "original", "calibration", "packing",
+    "dropped", "quant", "config", "seam", "tokenizer", "checkpoint", "packed", "original", "calibration",
+    "expert_records", "packing",
     "cache", "history", "store", "readers", "transfer", "device", "tiers", "placement", "speculation", "prefetch",
     "trace", "analyze", "metrics", "kernels", "expert_call", "runner", "device_runner", "static_kv", "hooks",
     "identity", "prompts", "token_inputs", "token_layers", "layer_steps", "token_model", "model", "naive", "decode",

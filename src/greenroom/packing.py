@@ -6,7 +6,7 @@ offsets follow from the shapes. So free disk is checked first, and a resumed run
 
 import contextlib
 import dataclasses
-import hashlib
+import functools
 import json
 import shutil
 import zlib
@@ -18,15 +18,15 @@ import torch
 
 from greenroom import seam
 from greenroom.buffers import byte_view
-from greenroom.calibration import Calibration, Given, Inputs, scratch_nbytes, windows_of
+from greenroom.calibration import Calibration, scratch_nbytes, windows_of
 from greenroom.checkpoint import Checkpoint, DenseGroup, resolve, sidecars
 from greenroom.config import PackSettings
-from greenroom.errors import CheckpointError, ConfigError, PackedModelError, PackError
+from greenroom.errors import ConfigError, PackedModelError, PackError
+from greenroom.expert_records import experts_entry, quantize, record_entries, record_of
 from greenroom.machine import available_memory, free_disk
 from greenroom.original import Text
 from greenroom.packed import (
     MANIFEST_NAME,
-    RECORD_ALIGNMENT,
     Entry,
     ExpertsEntry,
     FileEntry,
@@ -34,7 +34,6 @@ from greenroom.packed import (
     LinearEntry,
     Manifest,
     PackedModel,
-    RecordTensor,
     TensorEntry,
     header_of,
     locked,
@@ -42,7 +41,7 @@ from greenroom.packed import (
     write_file,
 )
 from greenroom.progress import Progress
-from greenroom.quant import Format, Layout, balance, quantize_for, quantize_into
+from greenroom.quant import Format, Layout
 from greenroom.sizes import format_bytes
 from greenroom.threads import in_order
 
@@ -146,7 +145,7 @@ class _Packing:
         self.experts = [self._experts_file(i, module) for i, module in enumerate(checkpoint.experts)]
         self.dense = self._dense_files()
         self.files = [file for file, _ in self.experts] + [file for file, _ in self.dense]
-        self.source = {"fingerprint": fingerprint(checkpoint), **({"calibration": text.sha256} if text else {})}
+        self.source = {"fingerprint": checkpoint.fingerprint(), **({"calibration": text.sha256} if text else {})}
 
     def run(self) -> PackedModel:
         if not self.dst.exists():
@@ -218,35 +217,13 @@ class _Packing:
         def data(progress: Progress) -> "Iterator[memoryview]":
             inputs = None if self._calibration is None else self._calibration.inputs(module)
             read = ((expert, self.checkpoint.expert(module, expert)) for expert in range(module.num_experts))
-            for record in in_order(lambda item: self._record(module, entry, inputs, *item), read, _workers(module)):
+            make = functools.partial(record_of, self.checkpoint, module, entry, inputs)
+            for record in in_order(lambda item: make(*item), read, _workers(module)):
                 progress.advance(source_nbytes // module.num_experts)
                 yield byte_view(record)
 
         file = _File(name=entry.file, entries=record_entries(entry), source_nbytes=source_nbytes, data=data)
         return file, entry
-
-    def _record(
-        self,
-        module: seam.ExpertsModule,
-        entry: ExpertsEntry,
-        inputs: "Inputs | None",
-        expert: int,
-        weights: "dict[str, torch.Tensor]",
-    ) -> torch.Tensor:
-        """An expert's record, uint8 [record_nbytes], from its weights as read."""
-        record = torch.zeros(entry.record_nbytes, dtype=torch.uint8)
-        matrices = [tensor for tensor in entry.tensors if tensor.format.bits < 16]
-        if matrices:
-            weights = balanced(self.checkpoint, module, weights, matrices[0].format)
-        given: dict[str, Given] = {}
-        if inputs is not None:
-            weights = {name: weight.float() for name, weight in weights.items()}
-            given = inputs.of_matrices(expert, self.checkpoint.model.get_submodule(module.name), weights)
-        for tensor in entry.tensors:
-            what = f"{tensor.name} of expert {expert} of {module.name}"
-            part, own = tensor.part(record), given.get(tensor.name)
-            _quantize(weights[tensor.name], tensor.format, part, self.checkpoint, what, own)
-        return record
 
     def _dense_files(self) -> "list[tuple[_File, list[_DenseOutput]]]":
         batches: list[list[DenseGroup]] = [[]]
@@ -352,77 +329,16 @@ class _Packing:
         )
 
 
-def experts_entry(number: int, module: seam.ExpertsModule, format: Format, dtype: str) -> ExpertsEntry:
-    """How a layer's experts lie in a file of their own, the `number`-th: matrices in `format`, biases as 16-bit `dtype`
-    ("bfloat16" or "float16"). Checksums are left out."""
-    tensors: list[RecordTensor] = []
-    end = 0
-    for parameter in module.parameters:
-        own = Format(bits=16, group_size=0, dtype=dtype) if parameter.is_bias else format
-        made = RecordTensor(name=parameter.name, rows=parameter.rows, cols=parameter.cols, offset=end, format=own)
-        tensors.append(made)
-        end += made.nbytes
-    entry = ExpertsEntry(
-        module=module.name,
-        num_experts=module.num_experts,
-        file=f"experts-{number:05d}.safetensors",
-        offset=0,
-        record_nbytes=end + -end % RECORD_ALIGNMENT,
-        tensors=tuple(tensors),
-        crc32=(),
-    )
-    return dataclasses.replace(entry, offset=len(header_of(record_entries(entry))[0]))
-
-
-def record_entries(entry: ExpertsEntry) -> "list[Entry]":
-    """The records of a layer's experts as its file has them."""
-    size = entry.record_nbytes
-    return [
-        Entry(name=f"{entry.module}.{expert}", dtype="U8", shape=(size,), nbytes=size)
-        for expert in range(entry.num_experts)
-    ]
-
-
-def balanced(
-    checkpoint: Checkpoint, module: seam.ExpertsModule, weights: "dict[str, torch.Tensor]", format: Format
-) -> "dict[str, torch.Tensor]":
-    """One expert's parameters, of which the second matrix has its column scales in the first (see quant.balance), where
-    the expert is linear in the upper half of its first product and `format` rounds."""
-    kind = seam.activation_kind(checkpoint.model.get_submodule(module.name))
-    if format.bits == 16 or not kind.endswith("_and_mul") or weights.keys() != {"gate_up_proj", "down_proj"}:
-        return weights
-    gate, up = weights["gate_up_proj"].float().chunk(2)
-    up, down = balance(up, weights["down_proj"], format)
-    return {"gate_up_proj": torch.cat((gate, up)), "down_proj": down}
-
-
 def _workers(module: seam.ExpertsModule) -> int:
     """How many of a module's experts are packed at a time."""
     weights = sum(parameter.rows * parameter.cols for parameter in module.parameters)
     return max(1, min(torch.get_num_threads(), available_memory() // 2 // (_EXPERT_NBYTES * weights)))
 
 
-def _quantize(
-    weight: torch.Tensor,
-    format: Format,
-    out: torch.Tensor,
-    checkpoint: Checkpoint,
-    what: str,
-    given: "Given | None" = None,
-) -> None:
-    try:
-        if given is None:
-            quantize_into(weight, format, out)
-        else:
-            quantize_for(weight, format, out, *given)
-    except ConfigError as error:  # it does not know whose weight it has
-        raise CheckpointError(f"{checkpoint.folder}: {what}: {error}: fetch the checkpoint again") from error
-
-
 def _bytes_of(tensor: torch.Tensor, output: _DenseOutput, checkpoint: Checkpoint) -> memoryview:
     if output.format is not None:
         packed = torch.zeros(output.entry.nbytes, dtype=torch.uint8)
-        _quantize(tensor, output.format, packed, checkpoint, output.source)
+        quantize(tensor, output.format, packed, checkpoint, output.source)
         return byte_view(packed)
     plain = tensor.to(output.dtype).contiguous().view(-1)
     return byte_view(plain)
@@ -441,12 +357,3 @@ def _half(dtype: torch.dtype) -> torch.dtype:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Identifies the source by its configuration, its tensors' places and a sample of each, not by reading it all."""
-    digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
-    for name, info in sorted(checkpoint.shards.tensors.items()):
-        digest.update(f"{name} {info.path.name} {info.dtype} {info.shape} {info.offset}\n".encode())
-        digest.update(checkpoint.shards.sample(name))  # another training run of the same model differs only here
-    return digest.hexdigest()

@@ -8,6 +8,7 @@ disk already are sliced.
 
 import copy
 import dataclasses
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,14 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors in the shards."""
         return self.shards.nbytes
+
+    def fingerprint(self) -> str:
+        """Identifies the checkpoint by its configuration, its tensors' places and a sample of each: not all is read."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for name, info in sorted(self.shards.tensors.items()):
+            digest.update(f"{name} {info.path.name} {info.dtype} {info.shape} {info.offset}\n".encode())
+            digest.update(self.shards.sample(name))  # another training run of the same model differs only here
+        return digest.hexdigest()
 
     def experts_nbytes(self, module: seam.ExpertsModule) -> int:
         """Bytes in the shards of one module's experts."""

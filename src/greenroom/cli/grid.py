@@ -44,14 +44,13 @@ def execute(options: argparse.Namespace, text: "Text", original: "Path | None") 
     from greenroom.evaluate.cells import Cells
     from greenroom.evaluate.evaluation import room_for, windows_of
     from greenroom.evaluate.grid import measure
-    from greenroom.packing import fingerprint
 
     assert original is not None  # --no-original is refused
     windows = windows_of(original, text, options.context, None, options.windows)
     head_bits = options.head_bits or 8
     checkpoint = Checkpoint(original, dense_too=True)
     with checkpoint.shards:
-        source, shape = fingerprint(checkpoint), checkpoint.config.to_dict()
+        source, shape = checkpoint.fingerprint(), checkpoint.config.to_dict()
     subject = {
         "source": source, "text": text.sha256, "context": len(windows[0].ids), "head_bits": head_bits,
         "group_size": options.group_size,

@@ -16,7 +16,6 @@ from greenroom.metrics import process_memory
 from greenroom.original import Head, Original, Text, Window, cut, ids_of, positions_of
 from greenroom.original.states import StatesFile, attention_nbytes, stream
 from greenroom.packed import PackedModel, Receipt
-from greenroom.packing import fingerprint
 from greenroom.progress import Progress
 
 if TYPE_CHECKING:
@@ -169,7 +168,7 @@ def _reference(
     give_back_freed()  # tokenising a text takes more than the text
     room, held = room_for(settings)
     with Original(folder) as original:
-        own = fingerprint(original.checkpoint)
+        own = original.checkpoint.fingerprint()
         if source not in (None, own):
             raise ConfigError(f"{folder} is not the checkpoint that was packed: give that one with --original")
         states = stream(original, windows, room, held=held)

@@ -13,8 +13,8 @@ from torch import nn
 
 from greenroom import seam
 from greenroom.checkpoint import Checkpoint
+from greenroom.expert_records import balanced
 from greenroom.packed import LinearEntry, Manifest
-from greenroom.packing import balanced
 from greenroom.quant import Format, dequantize, quantize
 
 
