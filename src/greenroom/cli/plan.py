@@ -12,6 +12,7 @@ from greenroom.errors import BudgetError
 from greenroom.sizes import format_bytes
 
 if TYPE_CHECKING:
+    from greenroom.config import EngineSettings
     from greenroom.packed import Manifest
     from greenroom.planner import Plan
 
@@ -28,7 +29,7 @@ def add(commands: Any) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Print the plan; exit code 2 where the budget cannot hold the model."""
-    from greenroom import library, planner, probe, seam
+    from greenroom import library, planner, seam
     from greenroom.history import History
     from greenroom.machine import available_memory
     from greenroom.metrics import process_memory
@@ -36,11 +37,9 @@ def execute(options: argparse.Namespace) -> int:
     settings = shared.settings_of(options, context=2048)
     manifest, config_folder, weights = _describe(options)
     config = seam.load_config(config_folder)
-    runtime = process_memory()["anonymous"]
+    runtime, free = process_memory()["anonymous"], available_memory()
     if library.is_demo(options.model):
         settings = library.with_demo_share(settings, manifest)
-    free = available_memory()
-    budget = planner.budget_of(settings, runtime, free)
     gains = History(manifest).gains()
     try:
         plan = planner.make_plan(
@@ -48,24 +47,31 @@ def execute(options: argparse.Namespace) -> int:
             config,
             settings,
             runtime=runtime,
-            budget=budget,
+            budget=planner.budget_of(settings, runtime, free),
             element_size=settings.element_size,
             scores=seam.makes_scores(config),
             gains=gains,
         )
     except BudgetError as error:
         raise BudgetError(f"{options.model} cannot run: {error}") from None
-    if plan.ram is not None:
-        print("\n".join([*_table(options.model, manifest, plan, free), *_ram_table(plan), *_quality(manifest)]))
-        if options.json:
-            shared.print_json(
-                {
-                    **_report(plan, free),
-                    "ram": dataclasses.asdict(plan.ram),
-                    "receipt": receipt.fields(manifest.receipt),
-                }
-            )
-        return 0
+    if plan.ram is None:
+        found = _speed(plan, manifest, config, weights, gains, fixed=settings.experts_per_layer is not None)
+        lines = [*_outlook(plan, found), *_quality(manifest), *_scarcity(options, settings, plan, runtime + free)]
+    else:
+        found = {"ram": dataclasses.asdict(plan.ram)}
+        lines = [*_ram_table(plan), *_quality(manifest)]
+    print("\n".join([*_table(options.model, manifest, plan, free), *lines]))
+    if options.json:
+        shared.print_json({**_report(plan, free), **found, "receipt": receipt.fields(manifest.receipt)})
+    return 0
+
+
+def _speed(
+    plan: "Plan", manifest: "Manifest", config: Any, weights: Path, gains: "list[list[float]] | None", fixed: bool
+) -> "dict[str, Any]":
+    """What is predicted of the plan and of others, and measured for it; `fixed`: layers have their slots as told."""
+    from greenroom import planner, probe
+
     rates = probe.measure(manifest, weights)
 
     def outlook(plan: "Plan") -> "dict[str, float]":
@@ -73,22 +79,22 @@ def execute(options: argparse.Namespace) -> int:
         speed = probe.predict(plan, manifest, config, rates, hit_rate)
         return {"slots_nbytes": plan.slots_nbytes, "hit_rate": hit_rate, "tokens_per_s": speed}
 
-    divided = None if settings.experts_per_layer is not None else gains
-    speed: dict[str, Any] = {
+    return {
         **outlook(plan),
         "tokens_per_s_resident": probe.predict(plan, manifest, config, rates, 1.0),
         **rates,
         "routing_known": gains is not None,
-        "what_if": [outlook(planner.allot(plan, slots, divided)) for slots in _others(plan)],
+        "what_if": [outlook(planner.allot(plan, slots, None if fixed else gains)) for slots in _others(plan)],
     }
-    print("\n".join([*_table(options.model, manifest, plan, free), *_outlook(plan, speed), *_quality(manifest)]))
-    if max(plan.total, settings.ram or 0) > runtime + free:
-        flag = "experts-per-layer" if settings.ram is None else "ram"
-        value = settings.experts_per_layer if settings.ram is None else options.ram
-        print(f"only {format_bytes(runtime + free)} are free now: with --{flag} {value} this machine may run out")
-    if options.json:
-        shared.print_json({**_report(plan, free), **speed, "receipt": receipt.fields(manifest.receipt)})
-    return 0
+
+
+def _scarcity(options: argparse.Namespace, settings: "EngineSettings", plan: "Plan", free: int) -> "list[str]":
+    """Whether there is less than the plan takes, or may take."""
+    if max(plan.total, settings.ram or 0) <= free:
+        return []
+    flag = "experts-per-layer" if settings.ram is None else "ram"
+    value = settings.experts_per_layer if settings.ram is None else options.ram
+    return [f"only {format_bytes(free)} are free now: with --{flag} {value} this machine may run out"]
 
 
 def _describe(options: argparse.Namespace) -> "tuple[Manifest, Path, Path]":
