@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from greenroom import packing
+from greenroom import expert_records
 from greenroom.checkpoint.source import resolve
 from greenroom.config import EngineSettings
 from greenroom.engine import Engine
@@ -224,7 +224,7 @@ def test_a_kill_leaves_no_readable_model(tiny: Path, packer: Packer, tmp_path: P
 def test_an_interrupt_says_that_it_resumes(
     tiny: Path, tiny_packed: "dict[str, bytes]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
-    real, count = packing.quantize_into, [0]
+    real, count = expert_records.quantize_into, [0]
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         count[0] += 1
@@ -233,7 +233,7 @@ def test_an_interrupt_says_that_it_resumes(
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "quantize_into", interrupted)
+        patch.setattr(expert_records, "quantize_into", interrupted)
         with pytest.raises(PackError) as caught:
             pack(tiny, tmp_path / "m")
     one_line(caught, "interrupted", "resumes", str(tmp_path / "m"))
