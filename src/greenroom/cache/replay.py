@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from greenroom.cache.core import Access, ExpertCache
+from greenroom.cache.access import Access
+from greenroom.cache.core import ExpertCache
 
 Request = tuple[int, Sequence[int]] | tuple[int, Sequence[int], Sequence[float] | None]
 """(layer; distinct experts, least valuable first; the router's probabilities of all experts, where they were given)"""
