@@ -64,7 +64,7 @@ def record_of(
     for tensor in entry.tensors:
         what = f"{tensor.name} of expert {expert} of {module.name}"
         part, own = tensor.part(record), given.get(tensor.name)
-        quantize(weights[tensor.name], tensor.format, part, checkpoint, what, own)
+        pack_weight(weights[tensor.name], tensor.format, part, checkpoint, what, own)
     return record
 
 
@@ -81,7 +81,7 @@ def balanced(
     return {"gate_up_proj": torch.cat((gate, up)), "down_proj": down}
 
 
-def quantize(
+def pack_weight(
     weight: torch.Tensor,
     format: Format,
     out: torch.Tensor,

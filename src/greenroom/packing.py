@@ -6,7 +6,6 @@ offsets follow from the shapes. So free disk is checked first, and a resumed run
 
 import contextlib
 import dataclasses
-import functools
 import json
 import shutil
 import zlib
@@ -22,7 +21,7 @@ from greenroom.calibration import Calibration, scratch_nbytes, windows_of
 from greenroom.checkpoint import Checkpoint, DenseGroup, resolve, sidecars
 from greenroom.config import PackSettings
 from greenroom.errors import ConfigError, PackedModelError, PackError
-from greenroom.expert_records import experts_entry, quantize, record_entries, record_of
+from greenroom.expert_records import experts_entry, pack_weight, record_entries, record_of
 from greenroom.machine import available_memory, free_disk
 from greenroom.original import Text
 from greenroom.packed import (
@@ -217,8 +216,10 @@ class _Packing:
         def data(progress: Progress) -> "Iterator[memoryview]":
             inputs = None if self._calibration is None else self._calibration.inputs(module)
             read = ((expert, self.checkpoint.expert(module, expert)) for expert in range(module.num_experts))
-            make = functools.partial(record_of, self.checkpoint, module, entry, inputs)
-            for record in in_order(lambda item: make(*item), read, _workers(module)):
+            records = in_order(
+                lambda item: record_of(self.checkpoint, module, entry, inputs, *item), read, _workers(module)
+            )
+            for record in records:
                 progress.advance(source_nbytes // module.num_experts)
                 yield byte_view(record)
 
@@ -338,7 +339,7 @@ def _workers(module: seam.ExpertsModule) -> int:
 def _bytes_of(tensor: torch.Tensor, output: _DenseOutput, checkpoint: Checkpoint) -> memoryview:
     if output.format is not None:
         packed = torch.zeros(output.entry.nbytes, dtype=torch.uint8)
-        quantize(tensor, output.format, packed, checkpoint, output.source)
+        pack_weight(tensor, output.format, packed, checkpoint, output.source)
         return byte_view(packed)
     plain = tensor.to(output.dtype).contiguous().view(-1)
     return byte_view(plain)
