@@ -432,7 +432,7 @@ def test_what_cannot_be_is_one_line(
     Path("p").write_text("hello\n")
     for folder in ("folder", "blocked.partial"):
         Path(folder).mkdir()
-    monkeypatch.setattr("greenroom.library.find", lambda *_, **__: pytest.fail("it looked for one"))
+    monkeypatch.setattr("greenroom.library.find", lambda *_, **__: pytest.fail("a model was looked for"))
     assert main(["trace", *arguments]) == 2
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1 and err[0].startswith("greenroom: ") and words in err[0]
