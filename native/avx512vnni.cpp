@@ -16,7 +16,7 @@ struct Avx512Vnni {
     static constexpr bool kSigned = false, kWords = false;
     static constexpr bool kInPlace = true;  // a byte of 192 or 240 is as good as one of 3 or 15
     static constexpr int tile_rows = 4, tile_rows_of_several = 4, tile_vectors = 4, most_vectors = 128;
-    static constexpr int kTileVectors = 6;  // 12 sums in integers and 12 in floats: what 32 registers hold beside codes
+    static constexpr int kTileVectors = 8;  // 16 sums in integers, beside codes; those in floats come and go
     static constexpr bool rows_apart = false;
 
     static F zero() { return _mm512_setzero_ps(); }
@@ -89,7 +89,11 @@ struct Avx512Vnni {
     }
     static I begin_part(I sum) { return sum; }
     static I end_part(I, I part) { return part; }
-    static I add_products(I sum, I codes, I x) { return _mm512_dpbusd_epi32(sum, codes, x); }
+    // As the compiler would write it, but in place: it copies two of three sums from register to register.
+    static I add_products(I sum, I codes, I x) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+        return sum;
+    }
     static I times256(I sum) { return _mm512_slli_epi32(sum, 8); }
     static F from_integers(I sum) { return _mm512_cvtepi32_ps(sum); }
     static __mmask16 first(int count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1); }
@@ -126,11 +130,19 @@ struct Avx512Vnni {
 
         void load(const std::uint8_t* p, std::int64_t left) { bytes = bytes_at(p, left); }
 
+        // The matrix of bits, most significant row last, that takes BITS bits of a byte down to its end.
+        static constexpr std::int64_t shifted(int places) {
+            std::uint64_t rows = 0;
+            for (int bit = 0; bit < BITS; ++bit) rows |= std::uint64_t{1} << (places + bit) << 8 * (7 - bit);
+            return static_cast<std::int64_t>(rows);
+        }
+
         template <bool IN_PLACE>
         I codes(int v) const {
             if (BITS == 8) return bytes;
             if (IN_PLACE) return _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(mask << v * BITS)));
-            return _mm512_and_si512(v == 0 ? bytes : _mm512_srli_epi16(bytes, v * BITS), _mm512_set1_epi8(mask));
+            if (v == 0) return _mm512_and_si512(bytes, _mm512_set1_epi8(mask));
+            return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(shifted(v * BITS)), 0);
         }
     };
 
@@ -147,45 +159,40 @@ struct Avx512Vnni {
     }
 };
 
-// Where the high bits of vectors v and v + 2 lie among the bytes of four blocks of 24; past the first 64 bytes, in the
-// vector that starts at byte 32, which is what bit 6 says.
-struct HighBits {
-    alignas(64) std::uint8_t index[2][64];
-    constexpr HighBits() : index() {
-        for (int v = 0; v < 2; ++v)
+// At 3 bits a block is 16 bytes of low bits and 8 of high ones, eight columns each. As a matrix of bits these 8 are
+// transposed: byte j then has the bits of columns j, 8 + j and so on, from bit 7 down. It stands beside the low bits of
+// column j of each vector, and once more beside those of column 8 + j. Of the two, a selection puts all bits of two codes
+// into one byte, where a product with a matrix of bits collects each code's three.
+struct Collected {  // per vector, for its first eight columns and its second: which bits of the byte are the code's
+    alignas(64) std::uint8_t rows[4][64];
+    constexpr Collected() : rows() {
+        for (int v = 0; v < 4; ++v)
             for (int half = 0; half < 8; ++half) {
-                const int byte = half / 2 * 24 + 16 + 2 * v + half % 2;
-                index[v][8 * half + 5] = static_cast<std::uint8_t>(byte < 64 ? byte : byte - 32 + 64);
-                index[v][8 * half + 1] = static_cast<std::uint8_t>(byte + 4 < 64 ? byte + 4 : byte + 4 - 32 + 64);
+                rows[v][8 * half + 7] = static_cast<std::uint8_t>(1 << 2 * v);
+                rows[v][8 * half + 6] = static_cast<std::uint8_t>(2 << 2 * v);
+                rows[v][8 * half + 5] = static_cast<std::uint8_t>(1 << (7 - 2 * v - half % 2));
             }
     }
 };
 
-// At 3 bits a block is 16 bytes of low bits and 8 of high ones, eight columns each. Taken as rows of a matrix of bits, the
-// bytes that belong to vectors v and v + 2 are transposed: byte j gets the bits of column j, in places 2 and 6. Joined with
-// the low bits that makes a vector of two codes a byte.
 template <>
 struct Avx512Vnni::Packed<3> {
     I pairs[2];  // vectors 0 and 2, vectors 1 and 3
 
     void load(const std::uint8_t* p, std::int64_t left) {
-        static constexpr HighBits high_bits;
         const I a = bytes_at(p, left), b = bytes_at(p + 32, left - 32);
         const I low = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 1, 3, 4, 6, 7, 8 + 5, 8 + 6), b);
+        const I high = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(2, 2, 5, 5, 8 + 4, 8 + 4, 8 + 7, 8 + 7), b);
         const I columns = _mm512_set1_epi64(static_cast<std::int64_t>(0x8040201008040201));
-        for (int v = 0; v < 2; ++v) {
-            const I index = _mm512_load_si512(high_bits.index[v]);
-            const I rows = _mm512_maskz_permutex2var_epi8(0x2222222222222222, a, index, b);
-            const I high = _mm512_gf2p8affine_epi64_epi8(columns, rows, 0);
-            const I shifted = v == 0 ? low : _mm512_srli_epi16(low, 2);
-            pairs[v] = _mm512_ternarylogic_epi64(shifted, _mm512_set1_epi8(0x33), high, 0xea);  // first & second | third
-        }
+        const I transposed = _mm512_gf2p8affine_epi64_epi8(columns, high, 0), first = _mm512_set1_epi8(0x33);
+        pairs[0] = _mm512_ternarylogic_epi64(first, low, transposed, 0xca);  // the second's bits where the first has ones
+        pairs[1] = _mm512_ternarylogic_epi64(first, transposed, low, 0xca);
     }
 
     template <bool>
     I codes(int v) const {
-        const I pair = pairs[v % 2];
-        return _mm512_and_si512(v < 2 ? pair : _mm512_srli_epi16(pair, 4), _mm512_set1_epi8(15));
+        static constexpr Collected collected;
+        return _mm512_gf2p8affine_epi64_epi8(pairs[v % 2], _mm512_load_si512(collected.rows[v]), 0);
     }
 };
 

@@ -137,6 +137,14 @@ void add_panel(const TurnedPanel& panel, const PreparedPlanes& at, const std::ui
         for (int h = 0; h < kHalves; ++h) V::store_some(y[n] + h * W, panel.rows - h * W, total[h][n]);
 }
 
+// The same for `size` vectors, MOST of them at most.
+template <class V, int PLANES, int MOST>
+void add_panel_to(const TurnedPanel& panel, const PreparedPlanes& at, const std::uint8_t* const* x, int size, float* const* y) {
+    if constexpr (MOST > 1)
+        if (size < MOST) return add_panel_to<V, PLANES, MOST - 1>(panel, at, x, size, y);
+    add_panel<V, PLANES, MOST>(panel, at, x, y);
+}
+
 // The same for any number of vectors, in tiles of nearly equal size.
 template <class V, int PLANES>
 void add_panel_to_all(const TurnedPanel& panel, const PreparedPlanes& at, const std::uint8_t* const* x, int count,
@@ -144,14 +152,7 @@ void add_panel_to_all(const TurnedPanel& panel, const PreparedPlanes& at, const 
     constexpr int most = V::kTileVectors;
     for (int tiles = (count + most - 1) / most; tiles > 0; --tiles) {
         const int size = (count + tiles - 1) / tiles;
-        switch (size) {
-            case 1: add_panel<V, PLANES, 1>(panel, at, x, y); break;
-            case 2: add_panel<V, PLANES, 2>(panel, at, x, y); break;
-            case 3: add_panel<V, PLANES, most < 3 ? most : 3>(panel, at, x, y); break;
-            case 4: add_panel<V, PLANES, most < 4 ? most : 4>(panel, at, x, y); break;
-            case 5: add_panel<V, PLANES, most < 5 ? most : 5>(panel, at, x, y); break;
-            default: add_panel<V, PLANES, most>(panel, at, x, y); break;
-        }
+        add_panel_to<V, PLANES, most>(panel, at, x, size, y);
         x += size;
         y += size;
         count -= size;
