@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "crc32.h"
 #include "readers.h"
 
 using namespace greenroom;
@@ -127,12 +128,30 @@ void check_closing() {
     expect(std::chrono::steady_clock::now() - start < std::chrono::seconds(4), "nobody waits for closed readers");
 }
 
-}  // namespace
-
-int main() {
+// Every length up to some vectors', anywhere in memory, in one piece or in two; and one bit that is another.
+void check_crc32() {
     const std::string text = "123456789";
     expect(crc32(reinterpret_cast<const std::uint8_t*>(text.data()), 9) == 0xcbf43926u, "the checksum's check value");
     expect(crc32(nullptr, 0) == 0, "of nothing");
+    std::mt19937 random(1);
+    for (std::int64_t nbytes : {1, 7, 15, 16, 63, 64, 65, 79, 80, 127, 128, 129, 200, 1000, 4096 + 100})
+        for (int start : {0, 1}) {
+            std::vector<std::uint8_t> bytes(static_cast<std::size_t>(start + nbytes));
+            for (auto& byte : bytes) byte = static_cast<std::uint8_t>(random());
+            const std::uint8_t* data = bytes.data() + start;
+            const std::uint32_t sum = crc32_by_table(data, nbytes);
+            expect(crc32(data, nbytes) == sum, "any way to a checksum gives the table's");
+            for (std::int64_t first : {nbytes / 3, nbytes - 1})
+                expect(crc32(data + first, nbytes - first, crc32(data, first)) == sum, "a checksum goes on where another ends");
+            bytes[static_cast<std::size_t>(start + nbytes / 2)] ^= 16;
+            expect(crc32(data, nbytes) != sum, "a bit is noticed");
+        }
+}
+
+}  // namespace
+
+int main() {
+    check_crc32();
     for (int threads : {1, 4}) check_bytes(threads);
     check_errors();
     check_order();

@@ -5,32 +5,12 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
-#include <cstring>
+
+#include "crc32.h"
 
 namespace greenroom {
 namespace {
-
-constexpr int kAtOnce = 8;  // bytes of a checksum
-
-using Tables = std::array<std::array<std::uint32_t, 256>, kAtOnce>;
-
-// tables[n][byte]: the checksum of a byte and n zeros after it, without the inversions at either end.
-Tables make_tables() {
-    Tables tables;
-    for (std::uint32_t byte = 0; byte < 256; ++byte) {
-        std::uint32_t sum = byte;
-        for (int bit = 0; bit < 8; ++bit) sum = sum >> 1 ^ (sum & 1 ? 0xedb88320u : 0u);
-        tables[0][byte] = sum;
-    }
-    for (int n = 1; n < kAtOnce; ++n)
-        for (int byte = 0; byte < 256; ++byte) {
-            const std::uint32_t before = tables[n - 1][byte];
-            tables[n][byte] = before >> 8 ^ tables[0][before & 255];
-        }
-    return tables;
-}
 
 // The bytes of a file that lie at `offset`: gives 0 or what went wrong, and where.
 int read_piece(int file, std::uint8_t* to, std::int64_t nbytes, std::int64_t& offset) {
@@ -55,19 +35,6 @@ void name_this_thread(int number) {
 }
 
 }  // namespace
-
-std::uint32_t crc32(const std::uint8_t* data, std::int64_t nbytes) {
-    static const Tables tables = make_tables();
-    std::uint32_t sum = 0xffffffffu;
-    for (; nbytes >= kAtOnce; nbytes -= kAtOnce, data += kAtOnce) {
-        const std::uint32_t low = sum ^ (static_cast<std::uint32_t>(data[0]) | static_cast<std::uint32_t>(data[1]) << 8 |
-                                         static_cast<std::uint32_t>(data[2]) << 16 | static_cast<std::uint32_t>(data[3]) << 24);
-        sum = tables[7][low & 255] ^ tables[6][low >> 8 & 255] ^ tables[5][low >> 16 & 255] ^ tables[4][low >> 24] ^
-              tables[3][data[4]] ^ tables[2][data[5]] ^ tables[1][data[6]] ^ tables[0][data[7]];
-    }
-    for (; nbytes > 0; --nbytes, ++data) sum = sum >> 8 ^ tables[0][(sum ^ *data) & 255];
-    return ~sum;
-}
 
 Readers::Readers(int threads, std::int64_t piece_nbytes) : piece_nbytes_(piece_nbytes) {
     try {
@@ -171,7 +138,7 @@ void Readers::settle(const Piece& piece, int error, std::int64_t at, std::unique
     if (error != 0 && record.error == 0) record.error = error, record.at = at;
     if (--record.left > 0) return;
     if (record.error == 0 && request.crc32 >= 0) {
-        lock.unlock();  // that takes milliseconds
+        lock.unlock();  // that takes a while
         const bool alike = crc32(request.to, request.nbytes) == static_cast<std::uint32_t>(request.crc32);
         lock.lock();
         if (!alike) record.error = kDiffers, record.at = request.offset;

@@ -81,7 +81,4 @@ private:
     std::vector<std::thread> threads_;
 };
 
-// Of ISO 3309, as zlib's and Python's: of `nbytes` at `data`.
-std::uint32_t crc32(const std::uint8_t* data, std::int64_t nbytes);
-
 }  // namespace greenroom

@@ -10,7 +10,7 @@ import pytest
 import greenroom
 
 ROOMS = [
-    "errors", "sizes", "progress", "environment", "folders", "machine", "smoothing", "buffers", "threads",
+    "errors", "sizes", "progress", "environment", "folders", "machine", "smoothing", "buffers", "checksum", "threads",
     "dropped", "quant", "config", "seam", "tokenizer", "checkpoint", "packed", "original", "calibration",
     "expert_records", "packing",
     "cache", "history", "store", "readers", "transfer", "device", "tiers", "placement", "speculation", "prefetch",

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from greenroom import seam
 from greenroom.buffers import byte_view
 from greenroom.calibration import Calibration, scratch_nbytes, windows_of
 from greenroom.checkpoint import Checkpoint, DenseGroup, resolve, sidecars
+from greenroom.checksum import checksum
 from greenroom.config import PackSettings
 from greenroom.errors import ConfigError, PackedModelError, PackError
 from greenroom.expert_records import experts_entry, pack_weight, record_entries, record_of
@@ -289,7 +289,7 @@ class _Packing:
             except OSError as error:
                 reason = f"{path} cannot be copied to {self.dst} ({error.strerror or error})"
                 raise PackError(f"{reason}: make room and run the same command again") from error
-            copied[path.name] = zlib.crc32(path.read_bytes())
+            copied[path.name] = checksum(path.read_bytes())
         return copied
 
     def manifest(self, done: "dict[str, list[int]]", sidecars: "dict[str, int]") -> Manifest:
@@ -297,7 +297,7 @@ class _Packing:
         files = {}
         for file in self.files:
             header = header_of(file.entries)[0]
-            files[file.name] = FileEntry(nbytes=file.nbytes, header_nbytes=len(header), header_crc32=zlib.crc32(header))
+            files[file.name] = FileEntry(nbytes=file.nbytes, header_nbytes=len(header), header_crc32=checksum(header))
         linears, tensors = [], []
         for file, outputs in self.dense:
             offsets = header_of(file.entries)[1]

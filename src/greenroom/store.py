@@ -6,13 +6,13 @@
 
 import dataclasses
 import os
-import zlib
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from greenroom.buffers import allocate, byte_view, open_direct, read_into
+from greenroom.checksum import checksum
 from greenroom.errors import PackedModelError
 from greenroom.packed import PackedModel, corrupted, ended
 
@@ -104,7 +104,7 @@ class DiskStore:
     def check(self, layer: int, expert: int, record: memoryview) -> None:
         """Compare the checksum the first time a record is read; later reads trust the file."""
         crc32 = self.place(layer, expert).crc32
-        if crc32 is not None and zlib.crc32(record) != crc32:
+        if crc32 is not None and checksum(record) != crc32:
             raise self.corrupted(layer, expert)
         self.trust(layer, expert)
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from greenroom.checksum import checksum
 from greenroom.errors import PackedModelError
 from greenroom.packed.receipt import Receipt
 from greenroom.quant import Format, Layout
@@ -185,7 +185,7 @@ class Manifest:
 
 
 def _checksum(body: "dict[str, Any]") -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    return checksum(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _experts_entry(entry: "dict[str, Any]") -> ExpertsEntry:

@@ -3,13 +3,13 @@
 import dataclasses
 import itertools
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from greenroom.buffers import allocate, byte_view, read_into
+from greenroom.checksum import checksum
 from greenroom.errors import PackedModelError
 from greenroom.packed.manifest import MANIFEST_NAME, Manifest, TensorEntry
 from greenroom.packed.receipt import Receipt
@@ -69,7 +69,7 @@ class PackedModel:
             for start in range(0, entry.nbytes, piece):
                 raw = bytearray(min(piece, entry.nbytes - start))
                 read_into(handle.fileno(), memoryview(raw), entry.offset + start)
-                crc32 = zlib.crc32(raw, crc32)
+                crc32 = checksum(raw, crc32)
             os.posix_fadvise(handle.fileno(), entry.offset, entry.nbytes, os.POSIX_FADV_DONTNEED)
         if crc32 != entry.crc32:
             raise corrupted(path, entry.name)
@@ -113,7 +113,7 @@ class PackedModel:
 
     def _is_as_packed(self, sidecar: str) -> bool:
         path = self.folder / sidecar
-        return path.is_file() and zlib.crc32(path.read_bytes()) == self.manifest.sidecars.get(sidecar)
+        return path.is_file() and checksum(path.read_bytes()) == self.manifest.sidecars.get(sidecar)
 
     def _read(self, file: str, offset: int, into: torch.Tensor, crc32: int, what: str) -> None:
         view, nbytes = byte_view(into), into.numel()
@@ -122,7 +122,7 @@ class PackedModel:
             if done < nbytes:
                 raise ended(self.folder / file, offset + done)
             os.posix_fadvise(handle.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
-        if zlib.crc32(view) != crc32:
+        if checksum(view) != crc32:
             raise corrupted(self.folder / file, what)
 
 

@@ -7,11 +7,11 @@ depend on the inputs alone, so a resumed run ends with the same files as an undi
 import dataclasses
 import json
 import os
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from greenroom.checksum import checksum
 from greenroom.errors import PackError
 from greenroom.packed.manifest import RECORD_ALIGNMENT
 
@@ -58,7 +58,7 @@ def write_file(path: Path, entries: "list[Entry]", data: "Iterable[memoryview]")
                 if chunk.nbytes != entry.nbytes:
                     raise AssertionError(f"{entry.name}: {chunk.nbytes} bytes where {entry.nbytes} were announced")
                 file.write(chunk)
-                checksums.append(zlib.crc32(chunk))
+                checksums.append(checksum(chunk))
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
