@@ -228,7 +228,7 @@ std::vector<float> walk(const std::vector<DecoderLayer>& layers, const Records& 
         const std::vector<KeyValues> caches{{bytes(0), bytes(1), kPositions, 0, token}, {bytes(2), bytes(3), kPositions, 0, token}};
         for (std::size_t layer = 0; layer < layers.size();) {
             if (there != nullptr) {
-                for (const Passed& passed : decoder.walk(layer, layers.size(), caches, cosine, sine, {*there, {}}, true, outputs.data(), threads)) {
+                for (const Passed& passed : decoder.walk(layer, layers.size(), caches, cosine, sine, {*there, {}}, {1, 3}, true, outputs.data(), threads)) {
                     see(passed.chosen.weights), see(passed.shares);
                     if (!passed.whole) serve(layer, passed.chosen);
                     ++layer;

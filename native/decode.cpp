@@ -261,9 +261,21 @@ void Decoder::combine(std::size_t layer, const float* outputs, const std::vector
     for (std::int64_t i = 0; i < width_; ++i) hidden_[i] += sum[i];
 }
 
+// Whether all that is guessed for the layers ahead is there.
+bool Decoder::foresees_all(std::size_t layer, const Foresight& foresight, const std::vector<Records>& records, int threads) {
+    int layers = foresight.experts > 0 ? foresight.layers : 0;
+    for (std::size_t ahead = layer + 1; layers > 0 && ahead < layers_.size(); ++ahead) {
+        if (!layers_[ahead].router) continue;
+        for (int expert : foresee(ahead, foresight.experts, threads))
+            if (records.at(ahead).at.at(static_cast<std::size_t>(expert)) == nullptr) return false;
+        --layers;
+    }
+    return true;
+}
+
 std::vector<Passed> Decoder::walk(std::size_t first, std::size_t last, const std::vector<KeyValues>& caches,
                                   const float* cosine, const float* sine, const std::vector<Records>& records,
-                                  bool with_shares, float* outputs, int threads) {
+                                  const Foresight& foresight, bool with_shares, float* outputs, int threads) {
     static constexpr std::int64_t kFirstRow = 0;
     std::vector<Passed> passed;
     std::vector<Task> tasks;
@@ -276,7 +288,8 @@ std::vector<Passed> Decoder::walk(std::size_t first, std::size_t last, const std
         for (int expert : chosen.experts)
             tasks.push_back({records.at(layer).at.at(static_cast<std::size_t>(expert)), &kFirstRow, 1,
                              outputs + static_cast<std::int64_t>(tasks.size()) * width_});
-        if (std::any_of(tasks.begin(), tasks.end(), [](const Task& task) { return task.record == nullptr; })) {
+        if (std::any_of(tasks.begin(), tasks.end(), [](const Task& task) { return task.record == nullptr; }) ||
+            !foresees_all(layer, foresight, records, threads)) {
             passed.back().whole = false;
             break;
         }

@@ -25,8 +25,13 @@ struct Records {
     std::vector<const std::uint8_t*> at;
 };
 
-// What a layer chose for a token that passed it, and `shares` where they were asked for. It has not passed a layer some of
-// whose experts are elsewhere.
+// What a token is guessed to choose while it walks: `experts` of each of the next `layers` that have any.
+struct Foresight {
+    int layers, experts;
+};
+
+// What a layer chose for a token that passed it, and `shares` where they were asked for. It has not passed a layer where
+// its walk ended early.
 struct Passed {
     Chosen chosen;
     std::vector<float> shares;
@@ -52,11 +57,12 @@ public:
     // hidden += sum of weights[e] * outputs[e] in order, plus what `shared` computed. outputs: [n, width]
     void combine(std::size_t layer, const float* outputs, const std::vector<float>& weights);
     // A token through layers first <= l < last: `attend`, `shared`, the experts and `combine` in turn. It ends early at a
-    // layer some of whose experts are elsewhere, after that layer's `attend`. caches, records: of all layers; outputs:
-    // [most experts that a layer chooses, width]. Gives what each layer chose, the one where it ended last.
+    // layer some of whose experts are elsewhere, or some of those that `foresee` gives there, after that layer's `attend`.
+    // caches, records: of all layers; outputs: [most experts that a layer chooses, width]. Gives what each layer chose, the
+    // one where it ended last.
     std::vector<Passed> walk(std::size_t first, std::size_t last, const std::vector<KeyValues>& caches,
                              const float* cosine, const float* sine, const std::vector<Records>& records,
-                             bool with_shares, float* outputs, int threads);
+                             const Foresight& foresight, bool with_shares, float* outputs, int threads);
     // normed = norm(hidden)
     void finish(const Norm& norm);
 
@@ -70,6 +76,7 @@ private:
                                   const float* sine, int threads);
     void mlp(const Mlp& it, float* out, int threads);
     Chosen route(const Router& it, int threads);
+    bool foresees_all(std::size_t layer, const Foresight& foresight, const std::vector<Records>& records, int threads);
 
     std::vector<DecoderLayer> layers_;
     std::int64_t width_;

@@ -141,11 +141,12 @@ Caches caches_of(const std::vector<CacheTuple>& layers) {
 using Told = std::pair<std::vector<std::tuple<std::vector<int>, std::vector<float>, std::vector<float>>>, bool>;
 
 Told walk(Decoder& decoder, std::size_t first, std::size_t last, const Caches& caches, std::uintptr_t cosine,
-          std::uintptr_t sine, const AllRecords& records, bool with_shares, std::uintptr_t outputs, int threads) {
+          std::uintptr_t sine, const AllRecords& records, std::pair<int, int> foresight, bool with_shares,
+          std::uintptr_t outputs, int threads) {
     const std::vector<DecoderLayer>& layers = decoder.layers();
     check(caches.layers.size() == layers.size() && records.layers.size() == layers.size(), "not as many as layers");
     check(first < last && last <= layers.size(), "no such layers");
-    for (std::size_t i = first; i < last; ++i) {
+    for (std::size_t i = first; i < layers.size(); ++i) {
         const Records& its = records.layers[i];
         if (!layers[i].router) continue;
         check(static_cast<std::int64_t>(its.at.size()) == layers[i].router->weights.shape.rows, "not as many records as experts");
@@ -155,7 +156,8 @@ Told walk(Decoder& decoder, std::size_t first, std::size_t last, const Caches& c
     {
         nb::gil_scoped_release release;
         passed = decoder.walk(first, last, caches.layers, pointer<const float>(cosine), pointer<const float>(sine),
-                              records.layers, with_shares, pointer<float>(outputs), threads);
+                              records.layers, {foresight.first, foresight.second}, with_shares, pointer<float>(outputs),
+                              threads);
     }
     Told told{{}, passed.back().whole};
     for (Passed& its : passed)

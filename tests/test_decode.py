@@ -253,7 +253,8 @@ def most_experts(packed: PackedModel) -> int:
 
 @pytest.mark.parametrize("name", NAMED + OTHERS)
 def test_a_token_through_all_layers_at_once_is_one_layer_by_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, and so is what is counted and recorded; layer by layer where somebody watches or guesses."""
+    """Bit for bit, and so is what is counted and recorded; layer by layer where somebody watches. Guesses that are all
+    there stop nobody."""
     packed = case_of(name).pack(4)
     with running(packed, context=256, experts_per_layer=most_experts(packed)) as engine:
         want = after_a_long_prompt(engine)
@@ -266,17 +267,17 @@ def test_a_token_through_all_layers_at_once_is_one_layer_by_layer(name: str, mon
     with running(packed, context=256, experts_per_layer=most_experts(packed), prefetch=2) as engine:
         monkeypatch.setattr(Speculation, "pays", True)
         assert torch.equal(after_a_long_prompt(engine)[0], want[0])
-        assert engine.decode.walks == 0
+        assert engine.decode.walks == walks
 
 
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("policy", some(["learned", "lru-shared"], ["learned"]))
-@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("prefetch,pays", [(0, False), (2, False), (2, True)])
 def test_a_token_walks_up_to_the_layer_that_lacks_an_expert(
-    name: str, policy: str, prefetch: int, monkeypatch: pytest.MonkeyPatch
+    name: str, policy: str, prefetch: int, pays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit what layer by layer gives, counted and recorded alike, also where every so many calls are guessed."""
-    monkeypatch.setattr(Speculation, "pays", False)
+    """Bit for bit what layer by layer gives, counted and recorded alike, also where calls are guessed, or some are."""
+    monkeypatch.setattr(Speculation, "pays", pays)
     found = []
     packed = case_of(name).pack(4)
     for watched in (False, True):
@@ -290,12 +291,38 @@ def test_a_token_walks_up_to_the_layer_that_lacks_an_expert(
     assert prefetch or found[0][2] == found[1][2]
 
 
+def test_a_walk_ends_where_a_guess_is_not_there(mixtral: Engine) -> None:
+    """Before the layer in which all that is chosen is there; not where nothing is guessed, nor for another expert."""
+    experts = most_experts(mixtral.packed)
+    with running(mixtral.packed, context=256, experts_per_layer=experts) as engine:
+        step, ends = engine.decode, []
+        walk, decoder, arena = step._walk, step._decoder, engine.runner._arena
+
+        def watched(first: int, last: int, caches: Any, turn: Any, records: Any, *rest: Any) -> int:
+            hidden, outputs = step.hidden.clone(), step._outputs.data_ptr()
+            places = turn.cosine.data_ptr(), turn.sine.data_ptr(), records
+            for guesses in (0, 1, experts):
+                for lacking in range(experts):
+                    records.put(1, lacking, 0)
+                    _, whole = decoder.walk(0, 1, caches, *places, (1, guesses), False, outputs, 1)
+                    ends.append((guesses, not whole))
+                    records.put(1, lacking, arena.address(engine.runner._cache.there(1, lacking)))
+                    step.hidden.copy_(hidden)
+            step._walk = walk
+            return walk(first, last, caches, turn, records, *rest)
+
+        after_a_long_prompt(engine)
+        step._walk, decoder = watched, step._decoder
+        after_a_long_prompt(engine)
+    assert [ends.count((guesses, True)) for guesses in (0, 1, experts)] == [0, 1, experts]
+
+
 def test_where_experts_lie_follows_the_cache(mixtral: Engine) -> None:
     """A token that walks reads each expert from where it lies; where the places are wrong, it is another token."""
     with running(mixtral.packed, context=256, experts_per_layer=most_experts(mixtral.packed)) as engine:
         want = after_a_long_prompt(engine)[0]
         modules = engine.decode._parts.moe
-        records, most = engine.runner.there(modules)
+        records, most, _ = engine.runner.there(modules)
         assert most >= len(modules) and engine.runner.there(modules)[0] is records
         assert torch.equal(after_a_long_prompt(engine)[0], want)
         for layer, experts in enumerate(engine.runner._entries):

@@ -126,13 +126,15 @@ class ExpertRunner:
             raise
         self._count()
 
-    def there(self, modules: "Sequence[Any]") -> "tuple[Any, int]":
+    def there(self, modules: "Sequence[Any]") -> "tuple[Any, int, tuple[int, int]]":
         """Where experts lie, for a token that passes layers in one call: `native.all_records` of a decoder's layers,
-        whose experts modules are `modules`, None where there are none; and how many layers may be passed: none where
-        somebody watches each call or guesses."""
+        whose experts modules are `modules`, None where there are none; how many layers may be passed, none where
+        somebody watches each call; and how many ahead are guessed meanwhile, so many experts of each."""
         most = self.speculation.rests() if self.observer is None else 0
         if not most:
-            return None, 0
+            return None, 0, (0, 0)
+        if self._transfer.under_way:
+            self._receive()
         if self._places is None:
             layers = {module.greenroom_layer: place for place, module in enumerate(modules) if module is not None}
             nowhere = [None if module is None else self._records(module) for module in modules]
@@ -146,7 +148,15 @@ class ExpertRunner:
                 buffer = self._cache.there(layer, expert)
                 records.put(layers[layer], expert, 0 if buffer is None else self._arena.address(buffer))
             moved.discard((layer, expert))  # not before, so that an interrupt loses none
-        return records, most
+        return records, most, (self._prefetcher.lookahead, self.speculation.ranks)
+
+    def _receive(self) -> None:
+        """Take note of what has come."""
+        try:
+            self._collect(wait=False)
+        except BaseException:
+            self._give_up()
+            raise
 
     def _records(self, module: Any) -> Any:
         """With no expert there yet."""
@@ -175,6 +185,7 @@ class ExpertRunner:
             for layer, experts, weights, shares in passed:
                 valued = [expert for _, expert in sorted(zip(weights, experts, strict=True))]
                 self._note(layer, valued, shares, prompt=False)
+                self._learn(layer, experts, len(passed))
                 there = self._cache.hit(layer, experts, valued, shares)
                 assert there is not None
         except BaseException:
@@ -227,13 +238,13 @@ class ExpertRunner:
         self._cache.request(layer, experts, valued, shares)
         self._start_loads()
 
-    def _learn(self, layer: int, experts: "list[int]") -> None:
-        """Which guesses came true, and what the link did since they were made."""
+    def _learn(self, layer: int, experts: "list[int]", layers: int = 1) -> None:
+        """Which guesses came true, and what the link did since they were made, so many layers ago."""
         self.speculation.requested(layer, experts)
         rate = self._transfer.seconds_per_byte
         if self._since is not None and rate is not None:
             start_s, queued_s = self._since
-            idle_s = max(self._clock() - start_s - queued_s, 0.0)
+            idle_s = max((self._clock() - start_s) / layers - queued_s, 0.0)
             self.speculation.link_was(idle_s, rate * self._entries[layer].record_nbytes)
         self._since = None
 

@@ -50,14 +50,21 @@ class Speculation:
         self._calls += 1
         return self.most > 0 and (self.pays or self._calls % WATCH == 0)
 
+    @property
+    def ranks(self) -> int:
+        """How many experts of a layer may be guessed now."""
+        return self.most if self.pays else 0
+
     def rests(self) -> int:
-        """How many calls will not be guessed for: of those, `passed` is to be told instead of `watches`."""
-        if not self.most:
-            return sys.maxsize
-        return 0 if self.pays or self._guesses else WATCH - 1 - self._calls % WATCH
+        """How many calls will not be guessed for, except where one of `ranks` is not there: of those, `passed` is to be
+        told instead of `watches`."""
+        return sys.maxsize if self.ranks or not self.most else WATCH - 1 - self._calls % WATCH
 
     def passed(self, calls: int) -> None:
-        """So many calls were not guessed for."""
+        """So many calls were not guessed for, or all that was guessed was there, which took next to nothing."""
+        for _ in range(calls if self.ranks else 0):
+            self._guessed(0, 0.0)
+            self.guessing_took(0.0)
         self._calls += calls
 
     def choose(
@@ -78,10 +85,13 @@ class Speculation:
                 experts.append(expert)
                 loads, gain_s = loads + 1, gain_s + gains_s
             chosen.append((ahead, experts))
+        self._guessed(loads, gain_s)
+        return chosen
+
+    def _guessed(self, loads: int, gain_s: float) -> None:
         self._loads = smoothed(self._loads, loads, _WEIGHT)
         if self._idle_s is not None:
             self._gain_s = smoothed(self._gain_s, gain_s, _WEIGHT)
-        return chosen
 
     def requested(self, layer: int, experts: "Sequence[int]") -> None:
         """What the layer then wanted."""

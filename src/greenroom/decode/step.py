@@ -58,13 +58,14 @@ class Residents(Protocol):
         """Whether `walked` is to be told what routers think."""
         ...
 
-    def there(self, modules: "Sequence[Any]") -> "tuple[Any, int]":
-        """`native.all_records` for the experts `modules` of a decoder's layers, None where there are none; and how
-        many layers may be passed before this is asked again, 0 while they have to be served one by one."""
+    def there(self, modules: "Sequence[Any]") -> "tuple[Any, int, tuple[int, int]]":
+        """`native.all_records` for the experts `modules` of a decoder's layers, None where there are none; how many
+        layers may be passed before this is asked again, 0 while they have to be served one by one; and what is guessed
+        meanwhile, MoE layers ahead and experts of each: a walk ends where not all of those are there."""
         ...
 
     def expect(self, layer: int, experts: "list[int]") -> None:
-        """A token will want `experts` of a layer, and not find all; meanwhile others are told of."""
+        """A token will want `experts` of a layer, and may not find all; meanwhile others are told of."""
         ...
 
     def walked(
@@ -278,35 +279,41 @@ class DecodeStep:
         assert self._parts is not None
         index, caches = 0, None
         while index < len(halves):
-            records, most = self._residents.there(self._parts.moe) if self._residents is not None else (None, 0)
+            most = 0
+            if self._residents is not None:
+                records, most, foresight = self._residents.there(self._parts.moe)
             if most:
                 caches = caches or native.caches(
                     [(*half.addresses(), half.capacity, half.first, half.length) for half in halves]
                 )
-                index = self._walk(index, min(index + most, len(halves)), caches, turn, records)
+                index = self._walk(index, min(index + most, len(halves)), caches, turn, records, foresight)
             else:
                 self.layer(index, halves[index], turn, self._serve)
                 index += 1
 
-    def _walk(self, first: int, last: int, caches: Any, turn: Turn, records: Any) -> int:
+    def _walk(
+        self, first: int, last: int, caches: Any, turn: Turn, records: Any, foresight: "tuple[int, int]" = (0, 0)
+    ) -> int:
         """The residual stream from layer `first` on in one call, up to `last` or through the one that stops it by
-        lacking an expert; gives the layer after that."""
+        lacking an expert, or one that is guessed there; gives the layer after that."""
         assert self._parts is not None and self._residents is not None
         before_s, with_shares = native.experts_s(), self._residents.wants_shares
         cosine, sine, outputs = turn.cosine.data_ptr(), turn.sine.data_ptr(), self._outputs.data_ptr()
-        found, whole = self._decoder.walk(first, last, caches, cosine, sine, records, with_shares, outputs, count())
+        found, whole = self._decoder.walk(
+            first, last, caches, cosine, sine, records, foresight, with_shares, outputs, count()
+        )
         passed = [
             (module.greenroom_layer, experts, weights, shares if with_shares else None)
             for module, (experts, weights, shares) in zip(self._parts.moe[first:], found, strict=False)
             if module is not None
         ]
         self.walks += 1
-        lacking = passed.pop() if not whole else None
-        if lacking is not None:
-            self._residents.expect(lacking[0], lacking[1])
+        stopped = passed.pop() if not whole else None
+        if stopped is not None:
+            self._residents.expect(stopped[0], stopped[1])
         self._residents.walked(passed, native.experts_s() - before_s)
-        if lacking is not None:
-            self._experts(first + len(found) - 1, lacking[1], lacking[2], self._serve)
+        if stopped is not None:
+            self._experts(first + len(found) - 1, stopped[1], stopped[2], self._serve)
         return first + len(found)
 
     @property
