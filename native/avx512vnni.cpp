@@ -89,7 +89,7 @@ struct Avx512Vnni {
     }
     static I begin_part(I sum) { return sum; }
     static I end_part(I, I part) { return part; }
-    // As the compiler would write it, but in place: it copies two of three sums from register to register.
+    // In place, which the compiler's own is not where there are many sums: it copies every other from register to register.
     static I add_products(I sum, I codes, I x) {
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
         return sum;

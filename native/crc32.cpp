@@ -65,7 +65,8 @@ constexpr std::int64_t power(int n) {
 // 16 bytes that stand BITS before others, added to those: the two halves times the remainders of what lies between.
 template <int BITS>
 GREENROOM_CARRYLESS inline __m128i folded(__m128i early, __m128i late) {
-    const __m128i factors = _mm_set_epi64x(power(BITS - 32), power(BITS + 32));
+    constexpr std::int64_t of_low = power(BITS + 32), of_high = power(BITS - 32);
+    const __m128i factors = _mm_set_epi64x(of_high, of_low);
     const __m128i low = _mm_clmulepi64_si128(early, factors, 0x00), high = _mm_clmulepi64_si128(early, factors, 0x11);
     return _mm_xor_si128(_mm_xor_si128(low, high), late);
 }
