@@ -232,6 +232,7 @@ class Original:
                 output = seam.expert_output(module, weights, x[some]) * top_k_weights[some, place, None]
                 with kept_from_torch():  # its threads take longer to start than to add
                     out.index_add_(0, some, output.to(out.dtype))
+            del weights, output  # before the next one's are read
         return out
 
     def _expert(self, spec: seam.ExpertsModule, expert: int) -> "dict[str, torch.Tensor]":

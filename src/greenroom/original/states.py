@@ -19,7 +19,7 @@ _BATCH = 8
 """Windows that pass through the layers together, where memory allows: reading weights costs little beside computing
 that many, and more would only take memory."""
 
-_ALLOCATOR_NBYTES = 16 << 20
+_ALLOCATOR_NBYTES = 32 << 20
 """What the C library keeps of memory that was given back."""
 
 
