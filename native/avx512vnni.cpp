@@ -3,6 +3,7 @@
 
 #include "activation.h"
 #include "attention.h"
+#include "bits.h"
 #include "causal.h"
 #include "tiles.h"
 
@@ -130,19 +131,12 @@ struct Avx512Vnni {
 
         void load(const std::uint8_t* p, std::int64_t left) { bytes = bytes_at(p, left); }
 
-        // The matrix of bits, most significant row last, that takes BITS bits of a byte down to its end.
-        static constexpr std::int64_t shifted(int places) {
-            std::uint64_t rows = 0;
-            for (int bit = 0; bit < BITS; ++bit) rows |= std::uint64_t{1} << (places + bit) << 8 * (7 - bit);
-            return static_cast<std::int64_t>(rows);
-        }
-
         template <bool IN_PLACE>
         I codes(int v) const {
             if (BITS == 8) return bytes;
             if (IN_PLACE) return _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(mask << v * BITS)));
             if (v == 0) return _mm512_and_si512(bytes, _mm512_set1_epi8(mask));
-            return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(shifted(v * BITS)), 0);
+            return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(lowered(BITS, v * BITS)), 0);
         }
     };
 
@@ -159,22 +153,7 @@ struct Avx512Vnni {
     }
 };
 
-// At 3 bits a block is 16 bytes of low bits and 8 of high ones, eight columns each. As a matrix of bits these 8 are
-// transposed: byte j then has the bits of columns j, 8 + j and so on, from bit 7 down. It stands beside the low bits of
-// column j of each vector, and once more beside those of column 8 + j. Of the two, a selection puts all bits of two codes
-// into one byte, where a product with a matrix of bits collects each code's three.
-struct Collected {  // per vector, for its first eight columns and its second: which bits of the byte are the code's
-    alignas(64) std::uint8_t rows[4][64];
-    constexpr Collected() : rows() {
-        for (int v = 0; v < 4; ++v)
-            for (int half = 0; half < 8; ++half) {
-                rows[v][8 * half + 7] = static_cast<std::uint8_t>(1 << 2 * v);
-                rows[v][8 * half + 6] = static_cast<std::uint8_t>(2 << 2 * v);
-                rows[v][8 * half + 5] = static_cast<std::uint8_t>(1 << (7 - 2 * v - half % 2));
-            }
-    }
-};
-
+// See bits.h.
 template <>
 struct Avx512Vnni::Packed<3> {
     I pairs[2];  // vectors 0 and 2, vectors 1 and 3
@@ -183,7 +162,7 @@ struct Avx512Vnni::Packed<3> {
         const I a = bytes_at(p, left), b = bytes_at(p + 32, left - 32);
         const I low = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 1, 3, 4, 6, 7, 8 + 5, 8 + 6), b);
         const I high = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(2, 2, 5, 5, 8 + 4, 8 + 4, 8 + 7, 8 + 7), b);
-        const I columns = _mm512_set1_epi64(static_cast<std::int64_t>(0x8040201008040201));
+        const I columns = _mm512_set1_epi64(kColumns);
         const I transposed = _mm512_gf2p8affine_epi64_epi8(columns, high, 0), first = _mm512_set1_epi8(0x33);
         pairs[0] = _mm512_ternarylogic_epi64(first, low, transposed, 0xca);  // the second's bits where the first has ones
         pairs[1] = _mm512_ternarylogic_epi64(first, transposed, low, 0xca);

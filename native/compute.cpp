@@ -324,6 +324,9 @@ std::vector<const Isa*> available() {
     std::vector<const Isa*> found;
 #ifdef GREENROOM_X86
     if (kAvx512Vnni.supported()) found.push_back(&kAvx512Vnni);
+#ifdef GREENROOM_AVXVNNI
+    if (kAvxVnni.supported()) found.push_back(&kAvxVnni);
+#endif
     if (kAvx2.supported()) found.push_back(&kAvx2);
 #endif
 #ifdef GREENROOM_ARM

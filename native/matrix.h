@@ -108,6 +108,7 @@ struct Isa {
 extern const Isa kPortable;
 #ifdef GREENROOM_X86
 extern const Isa kAvx2;
+extern const Isa kAvxVnni;
 extern const Isa kAvx512Vnni;
 #endif
 #ifdef GREENROOM_ARM

@@ -208,7 +208,7 @@ def test_many_vectors_that_end_anywhere(isa: str, format: Format) -> None:
             x = vectors(count, cols)
             found = native.linear(x, packed, rows, cols, format)
             if found is None:
-                assert isa != "avx512vnni" and count > 32
+                assert isa not in ("avx512vnni", "avxvnni") and count > 32
                 continue
             wanted = reference.linear(x, packed, rows, cols, format)
             allowed = rounding(x, whole) + EXACT * max(float(wanted.abs().max()), float(whole.norm(dim=1).max()))

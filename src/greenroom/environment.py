@@ -2,8 +2,8 @@
 
 GREENROOM_CACHE   folder for packed models and the demo      (default: the platform's cache directory)
 XDG_CACHE_HOME    where that is on Linux                     (default: ~/.cache)
-GREENROOM_ISA     avx512vnni, avx2, neon or portable: the compiled kernels' instruction set; none: compute with torch,
-                  and read with Python's threads (default: the best this machine has)
+GREENROOM_ISA     avx512vnni, avxvnni, avx2, neon or portable: the compiled kernels' instruction set; none: compute
+                  with torch, and read with Python's threads (default: the best this machine has)
 GREENROOM_DECODE  modules: decode with transformers' modules   (default: compiled, for the decoders it is proved for)
 """
 
