@@ -39,20 +39,13 @@ struct AvxVnni::Packed<3> {
     I pairs[2];  // vectors 0 and 2, vectors 1 and 3
 
     void load(const std::uint8_t* p, std::int64_t left) {
-        std::uint8_t some[48] = {};
-        if (left < 48) {
-            std::memcpy(some, p, static_cast<std::size_t>(left));
-            p = some;
-        }
-        const I low = _mm256_set_m128i(sixteen(p + 24), sixteen(p)), high = _mm256_set_m128i(eight_twice(p + 40), eight_twice(p + 16));
-        const I transposed = _mm256_gf2p8affine_epi64_epi8(_mm256_set1_epi64x(kColumns), high, 0);
-        const I other = _mm256_and_si256(_mm256_xor_si256(low, transposed), _mm256_set1_epi8(0x33));
+        Avx2::Packed<3> its;
+        its.load(p, left);
+        const I twice = _mm256_unpacklo_epi64(its.high, its.high);
+        const I transposed = _mm256_gf2p8affine_epi64_epi8(_mm256_set1_epi64x(kColumns), twice, 0);
+        const I other = _mm256_and_si256(_mm256_xor_si256(its.low, transposed), _mm256_set1_epi8(0x33));
         pairs[0] = _mm256_xor_si256(transposed, other);  // the low bits where 0x33 has ones
-        pairs[1] = _mm256_xor_si256(low, other);         // and where it has none
-    }
-    static __m128i sixteen(const std::uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-    static __m128i eight_twice(const std::uint8_t* p) {
-        return _mm_castpd_si128(_mm_loaddup_pd(reinterpret_cast<const double*>(p)));
+        pairs[1] = _mm256_xor_si256(its.low, other);     // and where it has none
     }
 
     template <bool>
@@ -64,8 +57,7 @@ struct AvxVnni::Packed<3> {
 
 bool supported() {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-           __builtin_cpu_supports("gfni") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    return kAvx2.supported() && __builtin_cpu_supports("gfni") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 
 Kernel kernel(const Matrix& matrix, Batch batch) {
