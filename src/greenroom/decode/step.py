@@ -291,9 +291,7 @@ class DecodeStep:
                 self.layer(index, halves[index], turn, self._serve)
                 index += 1
 
-    def _walk(
-        self, first: int, last: int, caches: Any, turn: Turn, records: Any, foresight: "tuple[int, int]" = (0, 0)
-    ) -> int:
+    def _walk(self, first: int, last: int, caches: Any, turn: Turn, records: Any, foresight: "tuple[int, int]") -> int:
         """The residual stream from layer `first` on in one call, up to `last` or through the one that stops it by
         lacking an expert, or one that is guessed there; gives the layer after that."""
         assert self._parts is not None and self._residents is not None
