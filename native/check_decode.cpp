@@ -205,8 +205,10 @@ std::vector<float> decode(const std::vector<DecoderLayer>& layers, const float* 
     return seen;
 }
 
-// The same with experts, layer by layer or in walks, of which those that `there` lacks are computed in between.
-std::vector<float> walk(const std::vector<DecoderLayer>& layers, const Records& records, const Records* there, int tokens, int threads) {
+// The same with experts, layer by layer or in walks, of which those that `there` lacks are computed in between, or
+// brought while it walks.
+std::vector<float> walk(const std::vector<DecoderLayer>& layers, const Records& records, const Records* there, int tokens,
+                        int threads, bool brings = false) {
     static const std::int64_t kFirstRow = 0;
     std::vector<float> hidden(kWidth), normed(kWidth), outputs(3 * kWidth), seen;
     const float cosine[] = {1.0f, 0.5f, 0.25f, 0.0f}, sine[] = {0.0f, 0.5f, 0.75f, 1.0f};
@@ -228,11 +230,19 @@ std::vector<float> walk(const std::vector<DecoderLayer>& layers, const Records& 
         const std::vector<KeyValues> caches{{bytes(0), bytes(1), kPositions, 0, token}, {bytes(2), bytes(3), kPositions, 0, token}};
         for (std::size_t layer = 0; layer < layers.size();) {
             if (there != nullptr) {
-                for (const Passed& passed : decoder.walk(layer, layers.size(), caches, cosine, sine, {*there, {}}, {1, 3}, true, outputs.data(), threads)) {
-                    see(passed.chosen.weights), see(passed.shares);
-                    if (!passed.whole) serve(layer, passed.chosen);
-                    ++layer;
-                }
+                std::vector<Records> places{*there, {}};
+                Chosen stopped;
+                const auto lacks = [&](std::size_t at, const Chosen& chosen, const std::vector<Foreseen>& foreseen) {
+                    expect(foreseen.empty(), "decoder: a layer without experts is not foreseen", static_cast<int>(at), 0, "");
+                    for (int expert : chosen.experts)
+                        if (brings) places[at].at[static_cast<std::size_t>(expert)] = records.at[static_cast<std::size_t>(expert)];
+                    if (!brings) stopped = chosen;
+                    return brings;
+                };
+                layer = decoder.walk(layer, layers.size(), caches, cosine, sine, places, {1, 3}, lacks, true, outputs.data(), threads);
+                for (const Passed& passed : decoder.passed()) see(passed.chosen.weights), see(passed.shares);
+                expect(decoder.passed().empty(), "decoder: what was passed is told once", threads, 0, "");
+                if (!stopped.experts.empty()) see(stopped.weights), see(decoder.shares()), serve(layer++, stopped);
                 continue;
             }
             const Chosen chosen = decoder.attend(layer, caches[layer], cosine, sine, threads);
@@ -261,7 +271,8 @@ void check_walk(const Isa& isa, const std::vector<DecoderLayer>& layers, Memory&
     for (std::size_t kept : {0, 6}) {  // of the experts
         Records some = records;
         std::fill(some.at.begin() + static_cast<std::ptrdiff_t>(kept), some.at.end(), nullptr);
-        expect(walk(layers, records, &some, 9, 1) == want, "decoder: a walk stops where an expert is elsewhere", static_cast<int>(kept), 0, isa.name);
+        for (bool brings : {false, true})
+            expect(walk(layers, records, &some, 9, 1, brings) == want, "decoder: a walk and an expert that is elsewhere", static_cast<int>(kept), brings, isa.name);
     }
     Records others = records;
     std::swap(others.at[0], others.at[1]), std::swap(others.at[4], others.at[8]), std::swap(others.at[3], others.at[11]);

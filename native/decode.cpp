@@ -261,43 +261,41 @@ void Decoder::combine(std::size_t layer, const float* outputs, const std::vector
     for (std::int64_t i = 0; i < width_; ++i) hidden_[i] += sum[i];
 }
 
-// Whether all that is guessed for the layers ahead is there.
-bool Decoder::foresees_all(std::size_t layer, const Foresight& foresight, const std::vector<Records>& records, int threads) {
-    int layers = foresight.experts > 0 ? foresight.layers : 0;
-    for (std::size_t ahead = layer + 1; layers > 0 && ahead < layers_.size(); ++ahead) {
-        if (!layers_[ahead].router) continue;
-        for (int expert : foresee(ahead, foresight.experts, threads))
-            if (records.at(ahead).at.at(static_cast<std::size_t>(expert)) == nullptr) return false;
-        --layers;
-    }
-    return true;
+std::vector<Foreseen> Decoder::foresee_all(std::size_t layer, const Foresight& foresight, int threads) {
+    std::vector<Foreseen> found;
+    if (foresight.experts == 0) return found;
+    for (std::size_t ahead = layer + 1; ahead < layers_.size() && static_cast<int>(found.size()) < foresight.layers; ++ahead)
+        if (layers_[ahead].router) found.push_back({ahead, foresee(ahead, foresight.experts, threads)});
+    return found;
 }
 
-std::vector<Passed> Decoder::walk(std::size_t first, std::size_t last, const std::vector<KeyValues>& caches,
-                                  const float* cosine, const float* sine, const std::vector<Records>& records,
-                                  const Foresight& foresight, bool with_shares, float* outputs, int threads) {
+std::size_t Decoder::walk(std::size_t first, std::size_t last, const std::vector<KeyValues>& caches, const float* cosine,
+                          const float* sine, const std::vector<Records>& records, const Foresight& foresight,
+                          const Lacks& lacks, bool with_shares, float* outputs, int threads) {
     static constexpr std::int64_t kFirstRow = 0;
-    std::vector<Passed> passed;
+    const auto there = [&](std::size_t layer, const std::vector<int>& experts) {
+        const auto& at = records.at(layer).at;
+        return std::all_of(experts.begin(), experts.end(), [&](int e) { return at.at(static_cast<std::size_t>(e)) != nullptr; });
+    };
+    passed_.clear();  // what a walk left that ended with an error
     std::vector<Task> tasks;
     for (std::size_t layer = first; layer < last; ++layer) {
-        passed.push_back({attend(layer, caches.at(layer), cosine, sine, threads), {}, true});
+        Chosen chosen = attend(layer, caches.at(layer), cosine, sine, threads);
         if (!layers_.at(layer).router) continue;
-        if (with_shares) passed.back().shares = shares();
-        const Chosen& chosen = passed.back().chosen;
+        const std::vector<Foreseen> foreseen = foresee_all(layer, foresight, threads);
+        const bool all = there(layer, chosen.experts) &&
+                         std::all_of(foreseen.begin(), foreseen.end(), [&](const Foreseen& it) { return there(it.layer, it.experts); });
+        if (!all && !(lacks(layer, chosen, foreseen) && there(layer, chosen.experts))) return layer;
         tasks.clear();
         for (int expert : chosen.experts)
-            tasks.push_back({records.at(layer).at.at(static_cast<std::size_t>(expert)), &kFirstRow, 1,
+            tasks.push_back({records[layer].at[static_cast<std::size_t>(expert)], &kFirstRow, 1,
                              outputs + static_cast<std::int64_t>(tasks.size()) * width_});
-        if (std::any_of(tasks.begin(), tasks.end(), [](const Task& task) { return task.record == nullptr; }) ||
-            !foresees_all(layer, foresight, records, threads)) {
-            passed.back().whole = false;
-            break;
-        }
         shared(layer, threads);
         experts(normed_, tasks, records[layer].layout, threads);
         combine(layer, outputs, chosen.weights);
+        passed_.push_back({layer, std::move(chosen), with_shares ? shares() : std::vector<float>()});
     }
-    return passed;
+    return last;
 }
 
 void Decoder::finish(const Norm& norm) { normalize(norm, hidden_, width_, normed_); }

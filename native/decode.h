@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <utility>
 #include <vector>
 
 #include "layer.h"
@@ -30,13 +32,22 @@ struct Foresight {
     int layers, experts;
 };
 
-// What a layer chose for a token that passed it, and `shares` where they were asked for. It has not passed a layer where
-// its walk ended early.
+// A later layer, and the experts that its router would choose first, likeliest first.
+struct Foreseen {
+    std::size_t layer;
+    std::vector<int> experts;
+};
+
+// What a layer chose for a token that passed it, and `shares` where they were asked for.
 struct Passed {
+    std::size_t layer;
     Chosen chosen;
     std::vector<float> shares;
-    bool whole = true;
 };
+
+// Asked where some of what a layer chose, or some of what is foreseen there, is elsewhere: whether the token may go on,
+// since all that was chosen is there now.
+using Lacks = std::function<bool(std::size_t layer, const Chosen& chosen, const std::vector<Foreseen>& foreseen)>;
 
 class Decoder {
 public:
@@ -56,13 +67,14 @@ public:
     void shared(std::size_t layer, int threads);
     // hidden += sum of weights[e] * outputs[e] in order, plus what `shared` computed. outputs: [n, width]
     void combine(std::size_t layer, const float* outputs, const std::vector<float>& weights);
-    // A token through layers first <= l < last: `attend`, `shared`, the experts and `combine` in turn. It ends early at a
-    // layer some of whose experts are elsewhere, or some of those that `foresee` gives there, after that layer's `attend`.
-    // caches, records: of all layers; outputs: [most experts that a layer chooses, width]. Gives what each layer chose, the
-    // one where it ended last.
-    std::vector<Passed> walk(std::size_t first, std::size_t last, const std::vector<KeyValues>& caches,
-                             const float* cosine, const float* sine, const std::vector<Records>& records,
-                             const Foresight& foresight, bool with_shares, float* outputs, int threads);
+    // A token through layers first <= l < last: `attend`, `shared`, the experts and `combine` in turn. It ends early, after
+    // its `attend`, at a layer where `lacks` is asked and says no. caches, records: of all layers, of which `lacks` may
+    // change the addresses; outputs: [most experts that a layer chooses, width]. Gives the layer where it ended, or last.
+    std::size_t walk(std::size_t first, std::size_t last, const std::vector<KeyValues>& caches, const float* cosine,
+                     const float* sine, const std::vector<Records>& records, const Foresight& foresight, const Lacks& lacks,
+                     bool with_shares, float* outputs, int threads);
+    // What was chosen in the layers with experts that the latest walk has passed since this was last asked.
+    std::vector<Passed> passed() { return std::exchange(passed_, {}); }
     // normed = norm(hidden)
     void finish(const Norm& norm);
 
@@ -76,11 +88,12 @@ private:
                                   const float* sine, int threads);
     void mlp(const Mlp& it, float* out, int threads);
     Chosen route(const Router& it, int threads);
-    bool foresees_all(std::size_t layer, const Foresight& foresight, const std::vector<Records>& records, int threads);
+    std::vector<Foreseen> foresee_all(std::size_t layer, const Foresight& foresight, int threads);
 
     std::vector<DecoderLayer> layers_;
     std::int64_t width_;
     float *hidden_, *normed_;
+    std::vector<Passed> passed_;
     std::vector<float> a_, b_, c_, partial_, projected_, shared_, logits_;
     bool corrected_ = false;  // whether `logits_` are of a router with a correction
 };

@@ -137,12 +137,9 @@ Caches caches_of(const std::vector<CacheTuple>& layers) {
     return found;
 }
 
-// Experts, weights and shares of each layer, and whether the token has passed the last of them.
-using Told = std::pair<std::vector<std::tuple<std::vector<int>, std::vector<float>, std::vector<float>>>, bool>;
-
-Told walk(Decoder& decoder, std::size_t first, std::size_t last, const Caches& caches, std::uintptr_t cosine,
-          std::uintptr_t sine, const AllRecords& records, std::pair<int, int> foresight, bool with_shares,
-          std::uintptr_t outputs, int threads) {
+std::size_t walk(Decoder& decoder, std::size_t first, std::size_t last, const Caches& caches, std::uintptr_t cosine,
+                 std::uintptr_t sine, const AllRecords& records, std::pair<int, int> foresight, nb::callable lacks,
+                 bool with_shares, std::uintptr_t outputs, int threads) {
     const std::vector<DecoderLayer>& layers = decoder.layers();
     check(caches.layers.size() == layers.size() && records.layers.size() == layers.size(), "not as many as layers");
     check(first < last && last <= layers.size(), "no such layers");
@@ -152,16 +149,22 @@ Told walk(Decoder& decoder, std::size_t first, std::size_t last, const Caches& c
         check(static_cast<std::int64_t>(its.at.size()) == layers[i].router->weights.shape.rows, "not as many records as experts");
         check(its.layout.first.cols == decoder.width() && its.layout.second.rows == decoder.width(), "experts of another width");
     }
-    std::vector<Passed> passed;
-    {
-        nb::gil_scoped_release release;
-        passed = decoder.walk(first, last, caches.layers, pointer<const float>(cosine), pointer<const float>(sine),
-                              records.layers, {foresight.first, foresight.second}, with_shares, pointer<float>(outputs),
-                              threads);
-    }
-    Told told{{}, passed.back().whole};
-    for (Passed& its : passed)
-        told.first.emplace_back(std::move(its.chosen.experts), std::move(its.chosen.weights), std::move(its.shares));
+    const auto asked = [&lacks](std::size_t layer, const Chosen& chosen, const std::vector<Foreseen>& foreseen) {
+        nb::gil_scoped_acquire acquire;
+        std::vector<std::pair<std::size_t, std::vector<int>>> ahead;
+        for (const Foreseen& its : foreseen) ahead.emplace_back(its.layer, its.experts);
+        return nb::cast<bool>(lacks(layer, chosen.experts, chosen.weights, ahead));
+    };
+    nb::gil_scoped_release release;
+    return decoder.walk(first, last, caches.layers, pointer<const float>(cosine), pointer<const float>(sine), records.layers,
+                        {foresight.first, foresight.second}, asked, with_shares, pointer<float>(outputs), threads);
+}
+
+// Layer, experts, weights and shares of each.
+std::vector<std::tuple<std::size_t, std::vector<int>, std::vector<float>, std::vector<float>>> passed(Decoder& decoder) {
+    std::vector<std::tuple<std::size_t, std::vector<int>, std::vector<float>, std::vector<float>>> told;
+    for (Passed& its : decoder.passed())
+        told.emplace_back(its.layer, std::move(its.chosen.experts), std::move(its.chosen.weights), std::move(its.shares));
     return told;
 }
 
@@ -314,6 +317,7 @@ void bind_decoder(nb::module_& module) {
             it.combine(layer, pointer<const float>(outputs), weights);
         })
         .def("walk", &walk)
+        .def("passed", &passed)
         .def("finish", &Decoder::finish)
         .def(
             "prompt",

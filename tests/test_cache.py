@@ -274,13 +274,27 @@ def test_guesses_wait_for_demand_and_take_no_slot():
     assert cache.counters.prefetched == 1 and cache.counters.misses == 1
 
 
+def access(cache: ExpertCache, layer: int, experts: "list[int]") -> None:
+    """All the steps of one, with as few buffers as there are."""
+    cache.request(layer, experts)
+    waiting = list(experts)
+    while waiting:
+        cache.issue()
+        for buffer in cache.reading:
+            cache.loaded(buffer)
+        for expert in [one for one in waiting if cache.ready(layer, one) is not None]:
+            cache.release(layer, expert)
+            waiting.remove(expert)
+    cache.finish()
+
+
 @settings(max_examples=200, deadline=None)
 @given(scenarios())
 def test_a_hit_in_one_step_is_an_access_in_all_its_steps(scenario):
-    """Guesses may be queued, read or held meanwhile: what follows is the same."""
+    """Guesses may be queued, read or held meanwhile, and be what is `used`: what follows is the same."""
     capacities, staging, policy, requests, _ = scenario
     states = []
-    for at_once in ("", "hit", "hit_at"):
+    for at_once in ("", "hit", "hit_at", "used"):
         cache, seen = make(capacities, staging, policy), []
         for layer, experts, guesses in requests:
             there = [cache.ready(layer, expert) for expert in experts]
@@ -289,19 +303,13 @@ def test_a_hit_in_one_step_is_an_access_in_all_its_steps(scenario):
                 assert not cache.hit_at(layer, experts, [None, *there[1:]]), "it was read from elsewhere"
                 assert dataclasses.astuple(cache.counters) == before
                 found = cache.hit_at(layer, experts, there)
+            elif at_once == "used":
+                found = cache.used(layer, experts, experts)
+                assert found == (None not in there)
             else:
                 found = at_once == "hit" and cache.hit(layer, experts, experts) == there
             if not found:
-                cache.request(layer, experts)
-                waiting = list(experts)
-                while waiting:
-                    cache.issue()
-                    for buffer in cache.reading:
-                        cache.loaded(buffer)
-                    for expert in [one for one in waiting if cache.ready(layer, one) is not None]:
-                        cache.release(layer, expert)
-                        waiting.remove(expert)
-                cache.finish()
+                access(cache, layer, experts)
             cache.issue()
             for buffer in cache.reading:
                 cache.loaded(buffer)
@@ -311,7 +319,72 @@ def test_a_hit_in_one_step_is_an_access_in_all_its_steps(scenario):
                     cache.loaded(load.buffer)
             seen.append({(at, one) for at in range(LAYERS) for one in range(EXPERTS) if cache.holds(at, one)})
         states.append((seen, dataclasses.astuple(cache.counters)))
-    assert states[0] == states[1] == states[2]
+    assert states[0] == states[1] == states[2] == states[3]
+
+
+def walks(cache: ExpertCache, tokens, rng: random.Random, there) -> "list[bool]":
+    """Tokens that pass the layers in which all is `there`, and tell of them later; whether each could be told."""
+    told = []
+    for choices in tokens:
+        passed: list[tuple[int, list[int]]] = []
+        for layer, (experts, guesses) in enumerate(choices):
+            goes_on = all(there(layer, expert) is not None for expert in experts)
+            if goes_on:
+                passed.append((layer, experts))
+            else:
+                cache.expect(layer, experts)
+            if layer + 1 < LAYERS:
+                cache.guess(layer + 1, guesses)
+            cache.issue()
+            for buffer in cache.reading:
+                cache.loaded(buffer)
+            if not goes_on or rng.random() < 0.3 or layer + 1 == LAYERS:
+                told += [cache.used(at, experts, experts) for at, experts in passed]
+                passed = []
+            if not goes_on:
+                access(cache, layer, experts)
+    return told
+
+
+@st.composite
+def tokens_of_walks(draw):
+    experts = st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=3, unique=True)
+    layers = st.lists(st.tuples(experts, experts), min_size=LAYERS, max_size=LAYERS)
+    return draw(st.lists(layers, max_size=12))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(1, 4), min_size=LAYERS, max_size=LAYERS),
+    st.booleans(),
+    st.integers(1, 4),
+    st.sampled_from(sorted(POLICIES)),
+    tokens_of_walks(),
+    st.randoms(use_true_random=False),
+)
+def test_what_is_there_can_be_used_and_told_of_later(capacities, shared, staging, policy, tokens, rng):
+    """Whatever is guessed and expected in between, and whatever other layers use; what is resident is what requests
+    one by one give."""
+    capacities = [sum(capacities)] if shared else capacities
+    cache, other = make(capacities, staging, policy), make(capacities, staging, policy)
+    assert all(walks(cache, tokens, rng, cache.there))
+    for choices in tokens:
+        for layer, (experts, _) in enumerate(choices):
+            access(other, layer, experts)
+    held = [(at, one) for at in range(LAYERS) for one in range(EXPERTS) if cache.holds(at, one)]
+    assert set(held) - cache._guessed.keys() == other._held.keys()
+    assert cache.counters.requests == other.counters.requests and cache.counters.hits == other.counters.hits
+
+
+def test_where_layers_share_slots_a_guess_may_take_another_s():
+    """Negative control: what is merely `ready` was taken before it was told of."""
+    tokens = [[([0], []), ([1], []), ([2], [])], [([0], [4, 5]), ([4, 5], []), ([2], [])]]
+    late, found = random.Random(0), {}
+    late.random = lambda: 1.0
+    for name in ("there", "ready"):
+        cache = make([3], 2, "lru")
+        found[name] = all(walks(cache, tokens, late, getattr(cache, name)))
+    assert found == {"there": True, "ready": False}
 
 
 def test_late_guess_is_not_read_twice():

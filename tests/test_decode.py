@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import pytest
@@ -291,30 +293,100 @@ def test_a_token_walks_up_to_the_layer_that_lacks_an_expert(
     assert prefetch or found[0][2] == found[1][2]
 
 
-def test_a_walk_ends_where_a_guess_is_not_there(mixtral: Engine) -> None:
-    """Before the layer in which all that is chosen is there; not where nothing is guessed, nor for another expert."""
+def test_a_walk_asks_where_a_guess_is_not_there(mixtral: Engine) -> None:
+    """In the layer before, and goes on only if it is told to, and all that it wants itself is there; nobody is asked
+    where nothing is guessed, nor for another expert."""
     experts = most_experts(mixtral.packed)
     with running(mixtral.packed, context=256, experts_per_layer=experts) as engine:
-        step, ends = engine.decode, []
+        step, found = engine.decode, []
         walk, decoder, arena = step._walk, step._decoder, engine.runner._arena
 
         def watched(first: int, last: int, caches: Any, turn: Any, records: Any, *rest: Any) -> int:
             hidden, outputs = step.hidden.clone(), step._outputs.data_ptr()
             places = turn.cosine.data_ptr(), turn.sine.data_ptr(), records
-            for guesses in (0, 1, experts):
-                for lacking in range(experts):
-                    records.put(1, lacking, 0)
-                    _, whole = decoder.walk(0, 1, caches, *places, (1, guesses), False, outputs, 1)
-                    ends.append((guesses, not whole))
-                    records.put(1, lacking, arena.address(engine.runner._cache.there(1, lacking)))
-                    step.hidden.copy_(hidden)
+            for layer, guesses, goes_on, lacking in product((0, 1), (0, 1, experts), (False, True), range(experts)):
+                asked: list[Any] = []
+                lacks = functools.partial(lambda asked, goes_on, *given: asked.append(given) or goes_on, asked, goes_on)
+                records.put(layer, lacking, 0)
+                end = decoder.walk(0, 1, caches, *places, (1, guesses), lacks, False, outputs, 1)
+                assert len(decoder.passed()) == end and len(asked) < 2
+                for index, chosen, _, foreseen in asked:
+                    assert index == 0 and [ahead for ahead, _ in foreseen] == [1] * bool(guesses)
+                    assert lacking in (chosen if layer == 0 else foreseen[0][1])
+                found.append((layer, guesses, goes_on, bool(asked), bool(end)))
+                records.put(layer, lacking, arena.address(engine.runner._cache.there(layer, lacking)))
+                step.hidden.copy_(hidden)
             step._walk = walk
             return walk(first, last, caches, turn, records, *rest)
 
         after_a_long_prompt(engine)
         step._walk, decoder = watched, step._decoder
         after_a_long_prompt(engine)
-    assert [ends.count((guesses, True)) for guesses in (0, 1, experts)] == [0, 1, experts]
+    for goes_on in (False, True):  # the layer ahead lacks one of what is guessed
+        assert [found.count((1, guesses, goes_on, True, goes_on)) for guesses in (0, 1, experts)] == [0, 1, experts]
+        chosen = found.count((0, 0, goes_on, True, False))  # its own choice is elsewhere, whatever it is told
+        assert 0 < chosen < experts and found.count((0, 0, goes_on, False, True)) == experts - chosen
+
+
+def guessing(engine: Engine) -> "list[bool]":
+    """Have it load all guesses, which come at once; whether tokens went on where something was lacking."""
+    runner, transfer, answers = engine.runner, engine._transfer, []
+    poll, lacks = transfer.poll, runner.lacks
+    runner.speculation.watches = lambda: True
+    runner.speculation.choose = lambda layer, guesses, there: guesses
+    transfer.poll = lambda wait: poll(wait or bool(transfer.under_way))
+
+    def noted(*arguments: Any) -> bool:
+        answers.append(lacks(*arguments))
+        return answers[-1]
+
+    runner.lacks = noted
+    return answers
+
+
+@pytest.mark.parametrize("policy", ["learned", "lru-shared"])
+def test_a_token_goes_on_where_what_it_lacked_has_come(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses are used in passing, and accounted for when their buffers are wanted: the bits, and what is recorded, are
+    those of layer by layer. Where layers share their slots a guess has to be asked for."""
+    monkeypatch.setattr(Speculation, "pays", True)
+    packed, found = case_of("mixtral").pack(4), []
+    settings = {"experts_per_layer": most_experts(packed) // 2 + 1, "policy": policy, "prefetch": most_experts(packed)}
+    for watched in (True, False):
+        with running(packed, context=256, validate=True, **settings) as engine:
+            engine.runner.observer = (lambda *_: None) if watched else None
+            answers, cache, in_passing = guessing(engine), engine.runner._cache, [0]
+            used = cache.used
+
+            def noted(*access: Any, cache: Any = cache, used: Any = used, in_passing: Any = in_passing) -> bool:
+                before = cache.counters.prefetched
+                there: bool = used(*access)
+                in_passing[0] += cache.counters.prefetched - before
+                return there
+
+            cache.used = noted
+            found.append(after_a_long_prompt(engine))
+            assert (True in answers) != watched
+            assert (in_passing[0] > 0) == (policy == "learned" and not watched)
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+def test_an_interrupt_in_a_walk_loses_no_buffer() -> None:
+    with running(case_of("mixtral").pack(4), experts_per_layer=3, prefetch=4, validate=True) as engine:
+        want, transfer, answers = decoded(engine.model), engine._transfer, guessing(engine)
+        start = transfer.start
+
+        def interrupted(load: Any) -> None:
+            if load.speculative and len(answers) > 3:
+                raise KeyboardInterrupt
+            start(load)
+
+        transfer.start = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(20):
+                decoded(engine.model)
+        assert len(answers) > 3 and engine._transfer.under_way >= engine.runner._cache.reading
+        transfer.start = start
+        assert torch.equal(decoded(engine.model), want)
 
 
 def test_where_experts_lie_follows_the_cache(mixtral: Engine) -> None:

@@ -685,7 +685,11 @@ def test_what_fails_to_start_leaves_nothing(packed4: PackedModel, monkeypatch: p
             patch.setattr("greenroom.engine.DecodeStep", None)
             with pytest.raises(TypeError):
                 Engine(packed4, EngineSettings(experts_per_layer=2, context=16))
-        assert torch.get_num_threads() == 2 and threads_alive() == before
+        assert torch.get_num_threads() == 2
+        ends = time.monotonic() + 5
+        while threads_alive() != before:  # who has been joined is counted for a moment still
+            assert time.monotonic() < ends
+            time.sleep(0.01)
         gc.collect()  # embeddings stay mapped while the error's frames are kept
         assert len(list(Path("/proc/self/fd").iterdir())) == files
     finally:

@@ -218,11 +218,11 @@ class DeviceRunner(ExpertRunner):
         self._here = self._leave_in_ram(layer, [e for e in valued if e in missing]) if self._choose else []
         self._start_loads()
 
-    def _learn(self, layer: int, experts: "list[int]", layers: int = 1) -> None:
+    def _learn(self, layer: int, experts: "list[int]") -> None:
         """The same, and how long experts took over the link."""
         for rate in self._transfer.link.new_rates():
             self.placement.moving_took(rate * self._entries[layer].record_nbytes)
-        super()._learn(layer, experts, layers)
+        super()._learn(layer, experts)
 
     def _leave_in_ram(self, layer: int, missing: "list[int]") -> "list[int]":
         """The experts of `missing`, least valuable first, that the CPU computes; they are not loaded, but for one where

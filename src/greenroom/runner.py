@@ -4,6 +4,7 @@ The order in which experts arrive never shows: each expert's output is computed 
 and outputs are summed in ascending order of expert.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,7 +54,9 @@ class ExpertRunner:
         self._kinds: dict[int, str] = {}
         self._clock: Callable[[], float] = time.perf_counter
         self.speculation = Speculation(prefetcher.experts)
-        self._since: tuple[float, float] | None = None  # the clock after the last guess, what the link had to do then
+        # the clock after the last guess, what the link had to do then, and in which layer it was
+        self._since: tuple[float, float, int] | None = None
+        self._went_on = 0  # layers in which a token lacked something and went on, since others were accounted for
         self._places: tuple[Any, dict[int, int]] | None = None  # where experts lie, and MoE layers among a decoder's
         self.metrics = Metrics()
         self.trace: list[tuple[int, tuple[int, ...], Shares | None]] | None = None
@@ -99,7 +102,7 @@ class ExpertRunner:
         outputs: torch.Tensor,
         meanwhile: "Callable[[], None]",
         shares: "Callable[[], Shares]",
-        foresee: "Callable[[int, int], list[int]]",
+        foresee: "Callable[[int, int], list[int]] | None",
     ) -> None:
         """The same for one token of the compiled decode step: a `decode.ServeToken`."""
         ranked = sorted(zip(weights, experts, strict=True))
@@ -114,7 +117,8 @@ class ExpertRunner:
             buffers = self._cache.hit(layer, experts, valued, given)
             if buffers is None:
                 self._ask(layer, experts, valued, given)
-            self._speculate(layer, lambda: self._prefetcher.foresee(layer, foresee))
+            if foresee is not None:
+                self._speculate(layer, functools.partial(self._prefetcher.foresee, layer, foresee))
             meanwhile()
             if buffers is None:
                 self._token_as_they_come(layer, kind, x, experts, outputs)
@@ -141,6 +145,11 @@ class ExpertRunner:
             self._places = native.all_records(nowhere), layers
             counts = [(layer, self._entries[layer].num_experts) for layer in layers]
             self._cache.moved.update((layer, expert) for layer, count in counts for expert in range(count))
+        return self._put_places(), most, (self._prefetcher.lookahead, self.speculation.ranks)
+
+    def _put_places(self) -> Any:
+        """Where experts lie, brought up to date."""
+        assert self._places is not None
         records, layers = self._places
         moved = self._cache.moved
         for layer, expert in tuple(moved):
@@ -148,7 +157,7 @@ class ExpertRunner:
                 buffer = self._cache.there(layer, expert)
                 records.put(layers[layer], expert, 0 if buffer is None else self._arena.address(buffer))
             moved.discard((layer, expert))  # not before, so that an interrupt loses none
-        return records, most, (self._prefetcher.lookahead, self.speculation.ranks)
+        return records
 
     def _receive(self) -> None:
         """Take note of what has come."""
@@ -165,14 +174,28 @@ class ExpertRunner:
         nowhere = [0] * entry.num_experts
         return native.records(entry.tensors, self._kind(layer, module), nowhere, entry.record_nbytes)
 
-    def expect(self, layer: int, experts: "list[int]") -> None:
-        """The layer will be asked for `experts`, though others may come before it: begin to read what it lacks."""
+    def lacks(
+        self, layer: int, experts: "list[int]", foreseen: Guesses, passed: "Callable[[], Sequence[Passed]]"
+    ) -> bool:
+        """A token that passes layers lacks some of a layer's `experts`, or of what is `foreseen`: begin to read.
+        Whether it may go on, since all `experts` are there: see `decode.Residents`."""
         try:
+            self._collect(wait=False)
             for load in self._cache.expect(layer, experts):
                 self._transfer.start(load)
+            self._rested(layer)
+            self._speculate(layer, lambda: foreseen)
+            if self._cache.crowded:  # what was used may hold buffers until it is accounted for
+                self._account(passed())
+                self._start_loads()
+            goes_on = all(self._cache.there(layer, expert) is not None for expert in experts)
+            if goes_on:
+                self._put_places()
+                self._went_on += 1
         except BaseException:
             self._give_up()
             raise
+        return goes_on
 
     @property
     def wants_shares(self) -> bool:
@@ -182,18 +205,25 @@ class ExpertRunner:
     def walked(self, passed: "Sequence[Passed]", compute_s: float) -> None:
         """A token has passed layers at once; `compute_s` is the time in experts."""
         try:
-            for layer, experts, weights, shares in passed:
-                valued = [expert for _, expert in sorted(zip(weights, experts, strict=True))]
-                self._note(layer, valued, shares, prompt=False)
-                self._learn(layer, experts, len(passed))
-                there = self._cache.hit(layer, experts, valued, shares)
-                assert there is not None
+            self._account(passed)
+            if passed:
+                self._rested(passed[-1][0])
         except BaseException:
             self._give_up()
             raise
-        self.speculation.passed(len(passed))
         self.metrics.compute_s += compute_s
         self._count()
+
+    def _account(self, passed: "Sequence[Passed]") -> None:
+        """Tell the cache, and whoever studies experts, of layers that a token has passed."""
+        for layer, experts, weights, shares in passed:
+            valued = [expert for _, expert in sorted(zip(weights, experts, strict=True))]
+            self._note(layer, valued, shares, prompt=False)
+            self.speculation.requested(layer, experts)
+            there = self._cache.used(layer, experts, valued, shares)
+            assert there, "an expert was taken before its use was accounted for"
+        self.speculation.passed(len(passed) - self._went_on)
+        self._went_on = 0
 
     def _kind(self, layer: int, module: Any) -> str:
         return self._kinds.get(layer) or self._kinds.setdefault(layer, seam.activation_kind(module))
@@ -238,13 +268,18 @@ class ExpertRunner:
         self._cache.request(layer, experts, valued, shares)
         self._start_loads()
 
-    def _learn(self, layer: int, experts: "list[int]", layers: int = 1) -> None:
-        """Which guesses came true, and what the link did since they were made, so many layers ago."""
+    def _learn(self, layer: int, experts: "list[int]") -> None:
+        """Which guesses came true, and what the link did since they were made."""
         self.speculation.requested(layer, experts)
-        rate = self._transfer.seconds_per_byte
-        if self._since is not None and rate is not None:
-            start_s, queued_s = self._since
-            idle_s = max((self._clock() - start_s) / layers - queued_s, 0.0)
+        self._rested(layer)
+
+    def _rested(self, layer: int) -> None:
+        """A token has come to `layer`: what the link did for each layer since the last guess, if that was before."""
+        if self._since is None or layer <= self._since[2]:
+            return
+        (start_s, queued_s, since), rate = self._since, self._transfer.seconds_per_byte
+        if rate is not None:
+            idle_s = max((self._clock() - start_s) / (layer - since) - queued_s, 0.0)
             self.speculation.link_was(idle_s, rate * self._entries[layer].record_nbytes)
         self._since = None
 
@@ -266,7 +301,7 @@ class ExpertRunner:
             self._collect(wait=False)  # which may make room for them
             for ahead, experts in self.speculation.choose(layer, guesses, self._cache.holds):
                 self._cache.guess(ahead, experts)
-            self._since = self._clock(), self._transfer.queued_s
+            self._since = self._clock(), self._transfer.queued_s, layer
             self._start_loads()
             self.speculation.guessing_took(self._clock() - start_s)
 
@@ -354,7 +389,7 @@ class ExpertRunner:
 
     def _give_up(self) -> None:
         """After an error or an interrupt, at any point: leave cache and transfer agreed on what is being read."""
-        self._since = None
+        self._since, self._went_on = None, 0
         self._transfer.abandon()
         self._cache.abort()
         for buffer in self._cache.reading - self._transfer.under_way:

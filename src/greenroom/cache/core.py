@@ -72,6 +72,7 @@ class ExpertCache:
         """whether a policy gains by the router's probabilities"""
         self.needs_probabilities = any(one.needs_probabilities for one in self._policies)
         """whether one needs them so much that the router is to be computed again"""
+        self._shared = len(self.capacities) < self.layers
         self._validate = validate
         self._free = deque(range(self.buffers))
         self._held: dict[Key, _Held] = {}
@@ -86,7 +87,8 @@ class ExpertCache:
 
     def expect(self, layer: int, experts: Sequence[int]) -> list[Load]:
         """The next request will be for `experts` of `layer`: loads, to be started, of what it will find missing, as far
-        as buffers are free. Other layers may `hit` before it; if another request comes instead, they are dropped."""
+        as buffers are free. Other layers may be `used` before it; if another request comes instead, they are
+        dropped."""
         self._drop_guesses(layer, keep={(layer, expert) for expert in experts})
         lacking = [(layer, expert) for expert in experts if (layer, expert) not in self._held]
         loads = [self._start(key, speculative=False) for key in lacking[: len(self._free)]]
@@ -112,6 +114,18 @@ class ExpertCache:
         self._drop_expected(keep=set(needed))
         access = self._classify(needed)
         self._expected.clear()
+        self._decide(layer, needed, valued, probabilities)
+        self._check()
+        return access
+
+    def _decide(
+        self,
+        layer: int,
+        needed: "list[Key]",
+        valued: "Sequence[int] | None",
+        probabilities: "Sequence[float] | None",
+    ) -> None:
+        """Who has a slot now that `needed` are used; those are pinned, and queued where they are not held."""
         group = self._group(layer)
         ranked = needed if valued is None else [(layer, expert) for expert in valued]
         hints = Hints(layer, self._recent, probabilities)
@@ -121,7 +135,7 @@ class ExpertCache:
         after = {key for key in self._policies[group].update(ranked, hints) if key in self._active or key in before}
         self._resident[group] = after
         self._moved |= after ^ before
-        self._recent[layer] = experts if valued is None else valued
+        self._recent[layer] = [expert for _, expert in ranked]
         for key in needed:
             self._guessed.pop(key, None)
             if key in self._held:
@@ -129,8 +143,6 @@ class ExpertCache:
         for key in before - after - self._active:
             self._discard(key)
         self._queue.demand = [key for key in needed if key not in self._held]
-        self._check()
-        return access
 
     def hit(
         self,
@@ -160,6 +172,28 @@ class ExpertCache:
             self._use(layer, valued, probabilities)
         return there
 
+    def used(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        valued: Sequence[int],
+        probabilities: "Sequence[float] | None" = None,
+    ) -> bool:
+        """The same of an access that has been computed already, where experts were there as guesses, too, though
+        another may be expected meanwhile; False where some are not there. Then nothing has happened."""
+        if self.hit(layer, experts, valued, probabilities) is not None:
+            return True
+        if any(self.ready(layer, expert) is None for expert in experts):
+            return False
+        needed = [(layer, expert) for expert in experts]
+        self._drop_guesses(layer, keep=set(needed))
+        self._classify(needed)
+        self._expected.difference_update(needed)
+        self._decide(layer, needed, valued, probabilities)
+        for expert in experts:
+            self.release(layer, expert)
+        return True
+
     def _found(self, layer: int, experts: Sequence[int]) -> "list[int] | None":
         """The buffers of experts that are resident and ready; None where one is not."""
         resident, held, buffers = self._resident[self._group(layer)], self._held, []
@@ -177,9 +211,11 @@ class ExpertCache:
         return self._moved
 
     def there(self, layer: int, expert: int) -> "int | None":
-        """The buffer that `hit` would give; None where it would give none."""
-        found = self._found(layer, (expert,))
-        return None if found is None else found[0]
+        """The buffer in which `used` will find the expert, whatever other layers have used before; None where that is
+        not sure: where all share their slots, a guess that another layer uses may take an expert's."""
+        if self._shared and (layer, expert) not in self._resident[0]:
+            return None
+        return self.ready(layer, expert)
 
     def _use(self, layer: int, valued: Sequence[int], probabilities: "Sequence[float] | None") -> None:
         """Account an access whose experts are all there."""
@@ -259,6 +295,11 @@ class ExpertCache:
     def holds(self, layer: int, expert: int) -> bool:
         """Whether the expert is there or being read."""
         return (layer, expert) in self._held
+
+    @property
+    def crowded(self) -> bool:
+        """Whether guesses wait for a buffer."""
+        return bool(self._queue.guesses)
 
     @property
     def reading(self) -> "set[int]":
@@ -350,7 +391,7 @@ class ExpertCache:
             self._reading[held.buffer] = None
 
     def _group(self, layer: int) -> int:
-        return layer if len(self.capacities) == self.layers and self.layers > 1 else 0
+        return 0 if self._shared else layer
 
     def _check(self) -> None:
         if not self._validate:

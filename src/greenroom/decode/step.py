@@ -41,13 +41,18 @@ class ServeToken(Protocol):
         outputs: torch.Tensor,
         meanwhile: "Callable[[], None]",
         shares: "Callable[[], list[float]]",
-        foresee: "Callable[[int, int], list[int]]",
+        foresee: "Callable[[int, int], list[int]] | None",
     ) -> None:
         """Put each expert's output for x [1, H], unweighted, into its row of outputs [k, H]; `experts` are ascending.
         `meanwhile` is called once, when what is missing is on its way. `shares` tells what the router thinks of all
         experts (see `prefetch.Router.shares`); `foresee` gives what a later MoE layer would choose first if nothing
-        were added until there, up to so many experts, likeliest first (none of a layer that has no router)."""
+        were added until there, up to so many experts, likeliest first (none of a layer that has no router); None where
+        `Residents.lacks` has been told."""
         ...
+
+
+Passed = tuple[int, list[int], list[float], list[float] | None]
+"""(MoE layer, experts, weights, what the router thinks of all where `wants_shares`) of a token that passed it"""
 
 
 class Residents(Protocol):
@@ -60,18 +65,24 @@ class Residents(Protocol):
 
     def there(self, modules: "Sequence[Any]") -> "tuple[Any, int, tuple[int, int]]":
         """`native.all_records` for the experts `modules` of a decoder's layers, None where there are none; how many
-        layers may be passed before this is asked again, 0 while they have to be served one by one; and what is guessed
-        meanwhile, MoE layers ahead and experts of each: a walk ends where not all of those are there."""
+        layers may be passed before this is asked again, 0 while they have to be served one by one; and what is
+        foreseen meanwhile, MoE layers ahead and experts of each."""
         ...
 
-    def expect(self, layer: int, experts: "list[int]") -> None:
-        """A token will want `experts` of a layer, and may not find all; meanwhile others are told of."""
+    def lacks(
+        self,
+        layer: int,
+        experts: "list[int]",
+        foreseen: "list[tuple[int, list[int]]]",
+        passed: "Callable[[], list[Passed]]",
+    ) -> bool:
+        """A token wants `experts` of a MoE layer, and not all of them are there, or of those that are `foreseen` (layer
+        ahead, experts likeliest first). Whether it may go on, since all `experts` are there now. `passed` tells of the
+        layers before, of which `walked` will not be told then."""
         ...
 
-    def walked(
-        self, passed: "Sequence[tuple[int, list[int], list[float], list[float] | None]]", compute_s: float
-    ) -> None:
-        """What was chosen: (layer, experts, weights, shares) of each; and the time in experts."""
+    def walked(self, passed: "list[Passed]", compute_s: float) -> None:
+        """What was chosen in layers that a token has passed, and the time in experts."""
         ...
 
 
@@ -257,7 +268,9 @@ class DecodeStep:
         if self._parts.moe[index] is not None:
             self._experts(index, experts, weights, serve)
 
-    def _experts(self, index: int, experts: "list[int]", weights: "list[float]", serve: ServeToken) -> None:
+    def _experts(
+        self, index: int, experts: "list[int]", weights: "list[float]", serve: ServeToken, foresees: bool = True
+    ) -> None:
         """A layer from its router's choice on."""
         assert self._parts is not None
         decoder, threads, module = self._decoder, count(), self._parts.moe[index]
@@ -270,7 +283,9 @@ class DecodeStep:
             self._outputs,
             lambda: decoder.shared(index, threads),
             decoder.shares,
-            lambda ahead, most: decoder.foresee(self._places[ahead], most, threads) if ahead in self._places else [],
+            (lambda ahead, most: decoder.foresee(self._places[ahead], most, threads) if ahead in self._places else [])
+            if foresees
+            else None,
         )
         decoder.combine(index, self._outputs.data_ptr(), weights)
 
@@ -293,26 +308,34 @@ class DecodeStep:
 
     def _walk(self, first: int, last: int, caches: Any, turn: Turn, records: Any, foresight: "tuple[int, int]") -> int:
         """The residual stream from layer `first` on in one call, up to `last` or through the one that stops it by
-        lacking an expert, or one that is guessed there; gives the layer after that."""
+        lacking an expert; gives the layer after that."""
         assert self._parts is not None and self._residents is not None
-        before_s, with_shares = native.experts_s(), self._residents.wants_shares
+        before_s, residents, moe = native.experts_s(), self._residents, self._parts.moe
+        with_shares = residents.wants_shares
         cosine, sine, outputs = turn.cosine.data_ptr(), turn.sine.data_ptr(), self._outputs.data_ptr()
-        found, whole = self._decoder.walk(
-            first, last, caches, cosine, sine, records, foresight, with_shares, outputs, count()
+        asked: list[tuple[list[int], list[float]]] = []
+
+        def passed() -> "list[Passed]":
+            found = self._decoder.passed()
+            return [
+                (moe[index].greenroom_layer, experts, weights, shares if with_shares else None)
+                for index, experts, weights, shares in found
+            ]
+
+        def lacks(index: int, experts: "list[int]", weights: "list[float]", foreseen: "list[Any]") -> bool:
+            asked.append((experts, weights))
+            ahead = [(moe[place].greenroom_layer, ranked) for place, ranked in foreseen]
+            return residents.lacks(moe[index].greenroom_layer, experts, ahead, passed)
+
+        end: int = self._decoder.walk(
+            first, last, caches, cosine, sine, records, foresight, lacks, with_shares, outputs, count()
         )
-        passed = [
-            (module.greenroom_layer, experts, weights, shares if with_shares else None)
-            for module, (experts, weights, shares) in zip(self._parts.moe[first:], found, strict=False)
-            if module is not None
-        ]
         self.walks += 1
-        stopped = passed.pop() if not whole else None
-        if stopped is not None:
-            self._residents.expect(stopped[0], stopped[1])
-        self._residents.walked(passed, native.experts_s() - before_s)
-        if stopped is not None:
-            self._experts(first + len(found) - 1, stopped[1], stopped[2], self._serve)
-        return first + len(found)
+        residents.walked(passed(), native.experts_s() - before_s)
+        if end == last:
+            return end
+        self._experts(end, *asked[-1], self._serve, foresees=False)
+        return end + 1
 
     @property
     def hidden(self) -> torch.Tensor:
