@@ -20,7 +20,7 @@ constexpr int head_tile() {
     return V::kWidth == 16 && V::kRegisters == 32 ? 8 : 4;
 }
 
-constexpr int kBlocksAhead = 2;     // blocks of positions between what is computed and what is fetched
+constexpr int kBlocksAhead = 1;  // blocks of positions between what is computed and what is fetched
 
 template <int N>
 struct Count {
@@ -51,9 +51,11 @@ void score_block(const std::uint8_t* block, const float* const* q, int dim, floa
     }
 }
 
-// out[n][column .. column + C vectors) += weights[n][p] * values[p]
+// out[n][column .. column + C vectors) += weights[n * kSpan + p] * values[p]. A block's columns are taken one strip after
+// another; what is fetched meanwhile are as many lines of a later block one after another, as the hardware's own fetching
+// wants them.
 template <class V, int N, int C>
-void mix_columns(const std::uint8_t* values, int value_dim, int column, const float* const* weights, int positions,
+void mix_columns(const std::uint8_t* values, int value_dim, int column, const float* weights, int positions,
                  float* const* out, bool first_tile) {
     typename V::F sums[N][C];
     for (int n = 0; n < N; ++n)
@@ -61,11 +63,11 @@ void mix_columns(const std::uint8_t* values, int value_dim, int column, const fl
     const std::int64_t ahead = first_tile ? kBlocksAhead * 2 * kPositions * value_dim : 0;
     for (int p = 0; p < positions; ++p) {
         const std::uint8_t* from = values + 2 * (static_cast<std::int64_t>(p) * value_dim + column);
-        __builtin_prefetch(from + ahead);
+        __builtin_prefetch(values + ahead + 2 * (static_cast<std::int64_t>(column) * positions + p * C * V::kWidth));
         typename V::F its[C];
         for (int c = 0; c < C; ++c) its[c] = V::template from_halves<true>(from + 2 * c * V::kWidth);
         for (int n = 0; n < N; ++n) {
-            const auto weight = V::set1(weights[n][p]);
+            const auto weight = V::set1(weights[n * kSpan + p]);
             for (int c = 0; c < C; ++c) sums[n][c] = V::fma(its[c], weight, sums[n][c]);
         }
     }
@@ -73,9 +75,9 @@ void mix_columns(const std::uint8_t* values, int value_dim, int column, const fl
         for (int c = 0; c < C; ++c) V::store(out[n] + column + c * V::kWidth, sums[n][c]);
 }
 
-// out[n] += weights[n][p] * values[p]
+// out[n] += weights[n * kSpan + p] * values[p], of a block
 template <class V, int N>
-void mix_rows(const std::uint8_t* values, int value_dim, const float* const* weights, int positions, float* const* out,
+void mix_rows(const std::uint8_t* values, int value_dim, const float* weights, int positions, float* const* out,
               bool first_tile) {
     constexpr int C = V::kWidth == 4 && V::kRegisters == 32 ? 4 : 2;
     int column = 0;
@@ -84,7 +86,7 @@ void mix_rows(const std::uint8_t* values, int value_dim, const float* const* wei
     for (; column < value_dim; ++column)  // what does not fill them
         for (int p = 0; p < positions; ++p) {
             const float value = float16_at(values + 2 * (static_cast<std::int64_t>(p) * value_dim + column));
-            for (int n = 0; n < N; ++n) out[n][column] += weights[n][p] * value;
+            for (int n = 0; n < N; ++n) out[n][column] += weights[n * kSpan + p] * value;
         }
 }
 
@@ -137,22 +139,20 @@ void attend(const Span& span) {
     for (std::int64_t i = 0; i < static_cast<std::int64_t>(span.heads) * span.value_dim; ++i) span.out[i] = 0.0f;
     for (int at = span.first; at < span.last; at += kPositions)
         by_tiles<head_tile<V>()>(0, span.heads, [&](int head, auto count) {
-            const float* weights[count.value];
             float* out[count.value];
-            for (int n = 0; n < count.value; ++n) {
-                weights[n] = scores[head + n] + at;
-                out[n] = span.out + static_cast<std::int64_t>(head + n) * span.value_dim;
-            }
+            for (int n = 0; n < count.value; ++n) out[n] = span.out + static_cast<std::int64_t>(head + n) * span.value_dim;
             const int positions = span.last - at < kPositions ? span.last - at : kPositions;
             const std::uint8_t* values = span.values + 2 * static_cast<std::int64_t>(at) * span.value_dim;
-            mix_rows<V, count.value>(values, span.value_dim, weights, positions, out, head == 0);
+            mix_rows<V, count.value>(values, span.value_dim, scores[head] + at, positions, out, head == 0);
         });
 }
 
 template <class V>
 void mix(const std::uint8_t* values, int value_dim, const float* weights, int positions, float* out) {
     for (int i = 0; i < value_dim; ++i) out[i] = 0.0f;
-    mix_rows<V, 1>(values, value_dim, &weights, positions, &out, true);
+    for (int at = 0; at < positions; at += kPositions)
+        mix_rows<V, 1>(values + 2 * static_cast<std::int64_t>(at) * value_dim, value_dim, weights + at,
+                       positions - at < kPositions ? positions - at : kPositions, &out, true);
 }
 
 }  // namespace
