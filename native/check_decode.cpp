@@ -239,7 +239,7 @@ std::vector<float> walk(const std::vector<DecoderLayer>& layers, const Records& 
                     if (!brings) stopped = chosen;
                     return brings;
                 };
-                layer = decoder.walk(layer, layers.size(), caches, cosine, sine, places, {1, 3}, lacks, true, outputs.data(), threads);
+                layer = decoder.walk(layer, layers.size(), caches, cosine, sine, places, {1, 3}, lacks, true, outputs.data(), threads).end;
                 for (const Passed& passed : decoder.passed()) see(passed.chosen.weights), see(passed.shares);
                 expect(decoder.passed().empty(), "decoder: what was passed is told once", threads, 0, "");
                 if (!stopped.experts.empty()) see(stopped.weights), see(decoder.shares()), serve(layer++, stopped);
@@ -332,7 +332,8 @@ int main() {
         check_attend(*isa, 8, 128, 128, 17, 490);
         check_attend(*isa, 16, 72, 64, 511, kSpan);
         check_attend(*isa, 13, 128, 128, 0, kSpan, 300.0f);  // most weights are nothing
-        for (int value_dim : {4, 16, 33, 512}) check_mix(*isa, value_dim, 19);
+        for (int value_dim : {4, 16, 33, 512})
+            for (int positions : {1, 19, 32, 33, 600}) check_mix(*isa, value_dim, positions);
         for (int heads : {1, 5, 8}) check_causal(*isa, 64 / heads, heads, 24, 20, heads * 30, 0, heads == 5);
         check_causal(*isa, 1, 64, 128, 128, 0, 0, false);
         check_causal(*isa, 9, 3, 7, 13, 300, 20, true);

@@ -1,6 +1,7 @@
 #include "decode.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -269,23 +270,29 @@ std::vector<Foreseen> Decoder::foresee_all(std::size_t layer, const Foresight& f
     return found;
 }
 
-std::size_t Decoder::walk(std::size_t first, std::size_t last, const std::vector<KeyValues>& caches, const float* cosine,
-                          const float* sine, const std::vector<Records>& records, const Foresight& foresight,
-                          const Lacks& lacks, bool with_shares, float* outputs, int threads) {
+Walked Decoder::walk(std::size_t first, std::size_t last, const std::vector<KeyValues>& caches, const float* cosine,
+                     const float* sine, const std::vector<Records>& records, const Foresight& foresight,
+                     const Lacks& lacks, bool with_shares, float* outputs, int threads) {
+    using Clock = std::chrono::steady_clock;
     static constexpr std::int64_t kFirstRow = 0;
     const auto there = [&](std::size_t layer, const std::vector<int>& experts) {
         const auto& at = records.at(layer).at;
         return std::all_of(experts.begin(), experts.end(), [&](int e) { return at.at(static_cast<std::size_t>(e)) != nullptr; });
     };
     passed_.clear();  // what a walk left that ended with an error
+    std::chrono::duration<double> foreseeing{0};
+    int layers = 0;
+    const auto walked = [&](std::size_t end) { return Walked{end, foreseeing.count() / std::max(layers, 1)}; };
     std::vector<Task> tasks;
     for (std::size_t layer = first; layer < last; ++layer) {
         Chosen chosen = attend(layer, caches.at(layer), cosine, sine, threads);
         if (!layers_.at(layer).router) continue;
+        const auto start = Clock::now();
         const std::vector<Foreseen> foreseen = foresee_all(layer, foresight, threads);
+        foreseeing += Clock::now() - start, ++layers;
         const bool all = there(layer, chosen.experts) &&
                          std::all_of(foreseen.begin(), foreseen.end(), [&](const Foreseen& it) { return there(it.layer, it.experts); });
-        if (!all && !(lacks(layer, chosen, foreseen) && there(layer, chosen.experts))) return layer;
+        if (!all && !(lacks(layer, chosen, foreseen) && there(layer, chosen.experts))) return walked(layer);
         tasks.clear();
         for (int expert : chosen.experts)
             tasks.push_back({records[layer].at[static_cast<std::size_t>(expert)], &kFirstRow, 1,
@@ -295,7 +302,7 @@ std::size_t Decoder::walk(std::size_t first, std::size_t last, const std::vector
         combine(layer, outputs, chosen.weights);
         passed_.push_back({layer, std::move(chosen), with_shares ? shares() : std::vector<float>()});
     }
-    return last;
+    return walked(last);
 }
 
 void Decoder::finish(const Norm& norm) { normalize(norm, hidden_, width_, normed_); }

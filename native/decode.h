@@ -45,6 +45,12 @@ struct Passed {
     std::vector<float> shares;
 };
 
+// The layer where a token ended, or the last it was to go to, and the mean seconds that a layer took to foresee others.
+struct Walked {
+    std::size_t end;
+    double foresee_s;
+};
+
 // Asked where some of what a layer chose, or some of what is foreseen there, is elsewhere: whether the token may go on,
 // since all that was chosen is there now.
 using Lacks = std::function<bool(std::size_t layer, const Chosen& chosen, const std::vector<Foreseen>& foreseen)>;
@@ -69,10 +75,10 @@ public:
     void combine(std::size_t layer, const float* outputs, const std::vector<float>& weights);
     // A token through layers first <= l < last: `attend`, `shared`, the experts and `combine` in turn. It ends early, after
     // its `attend`, at a layer where `lacks` is asked and says no. caches, records: of all layers, of which `lacks` may
-    // change the addresses; outputs: [most experts that a layer chooses, width]. Gives the layer where it ended, or last.
-    std::size_t walk(std::size_t first, std::size_t last, const std::vector<KeyValues>& caches, const float* cosine,
-                     const float* sine, const std::vector<Records>& records, const Foresight& foresight, const Lacks& lacks,
-                     bool with_shares, float* outputs, int threads);
+    // change the addresses; outputs: [most experts that a layer chooses, width].
+    Walked walk(std::size_t first, std::size_t last, const std::vector<KeyValues>& caches, const float* cosine,
+                const float* sine, const std::vector<Records>& records, const Foresight& foresight, const Lacks& lacks,
+                bool with_shares, float* outputs, int threads);
     // What was chosen in the layers with experts that the latest walk has passed since this was last asked.
     std::vector<Passed> passed() { return std::exchange(passed_, {}); }
     // normed = norm(hidden)

@@ -137,9 +137,10 @@ Caches caches_of(const std::vector<CacheTuple>& layers) {
     return found;
 }
 
-std::size_t walk(Decoder& decoder, std::size_t first, std::size_t last, const Caches& caches, std::uintptr_t cosine,
-                 std::uintptr_t sine, const AllRecords& records, std::pair<int, int> foresight, nb::callable lacks,
-                 bool with_shares, std::uintptr_t outputs, int threads) {
+std::pair<std::size_t, double> walk(Decoder& decoder, std::size_t first, std::size_t last, const Caches& caches,
+                                    std::uintptr_t cosine, std::uintptr_t sine, const AllRecords& records,
+                                    std::pair<int, int> foresight, nb::callable lacks, bool with_shares,
+                                    std::uintptr_t outputs, int threads) {
     const std::vector<DecoderLayer>& layers = decoder.layers();
     check(caches.layers.size() == layers.size() && records.layers.size() == layers.size(), "not as many as layers");
     check(first < last && last <= layers.size(), "no such layers");
@@ -156,8 +157,10 @@ std::size_t walk(Decoder& decoder, std::size_t first, std::size_t last, const Ca
         return nb::cast<bool>(lacks(layer, chosen.experts, chosen.weights, ahead));
     };
     nb::gil_scoped_release release;
-    return decoder.walk(first, last, caches.layers, pointer<const float>(cosine), pointer<const float>(sine), records.layers,
-                        {foresight.first, foresight.second}, asked, with_shares, pointer<float>(outputs), threads);
+    const Walked walked = decoder.walk(first, last, caches.layers, pointer<const float>(cosine), pointer<const float>(sine),
+                                       records.layers, {foresight.first, foresight.second}, asked, with_shares,
+                                       pointer<float>(outputs), threads);
+    return {walked.end, walked.foresee_s};
 }
 
 // Layer, experts, weights and shares of each.

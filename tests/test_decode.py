@@ -308,8 +308,8 @@ def test_a_walk_asks_where_a_guess_is_not_there(mixtral: Engine) -> None:
                 asked: list[Any] = []
                 lacks = functools.partial(lambda asked, goes_on, *given: asked.append(given) or goes_on, asked, goes_on)
                 records.put(layer, lacking, 0)
-                end = decoder.walk(0, 1, caches, *places, (1, guesses), lacks, False, outputs, 1)
-                assert len(decoder.passed()) == end and len(asked) < 2
+                end, foresee_s = decoder.walk(0, 1, caches, *places, (1, guesses), lacks, False, outputs, 1)
+                assert len(decoder.passed()) == end and len(asked) < 2 and 0 <= foresee_s < 60
                 for index, chosen, _, foreseen in asked:
                     assert index == 0 and [ahead for ahead, _ in foreseen] == [1] * bool(guesses)
                     assert lacking in (chosen if layer == 0 else foreseen[0][1])

@@ -26,7 +26,7 @@ from greenroom.transfer import Transfer
 
 Rows = torch.Tensor | list[list[int]] | list[list[float]]
 Passed = tuple[int, list[int], list[float], "Shares | None"]
-"""(layer, experts, weights, what the router thinks of all where `wants_shares`) of a token that found all it wanted"""
+"""(layer, experts, weights, what the router thinks of all where `wants_shares`) of a token that passed it"""
 Observer = Callable[[int, torch.Tensor, Rows, Rows, "Shares | None"], None]
 """(layer, x [T, H], top_k_index [T, k], top_k_weights [T, k], the router's probabilities where the cache is told)"""
 
@@ -57,6 +57,7 @@ class ExpertRunner:
         # the clock after the last guess, what the link had to do then, and in which layer it was
         self._since: tuple[float, float, int] | None = None
         self._went_on = 0  # layers in which a token lacked something and went on, since others were accounted for
+        self._foresee_s = 0.0  # that a layer took to foresee others in the latest walk
         self._places: tuple[Any, dict[int, int]] | None = None  # where experts lie, and MoE layers among a decoder's
         self.metrics = Metrics()
         self.trace: list[tuple[int, tuple[int, ...], Shares | None]] | None = None
@@ -134,6 +135,7 @@ class ExpertRunner:
         """Where experts lie, for a token that passes layers in one call: `native.all_records` of a decoder's layers,
         whose experts modules are `modules`, None where there are none; how many layers may be passed, none where
         somebody watches each call; and how many ahead are guessed meanwhile, so many experts of each."""
+        self._went_on = 0  # where a token was interrupted
         most = self.speculation.rests() if self.observer is None else 0
         if not most:
             return None, 0, (0, 0)
@@ -179,16 +181,21 @@ class ExpertRunner:
     ) -> bool:
         """A token that passes layers lacks some of a layer's `experts`, or of what is `foreseen`: begin to read.
         Whether it may go on, since all `experts` are there: see `decode.Residents`."""
+        start_s = self._clock()
         try:
-            self._collect(wait=False)
-            for load in self._cache.expect(layer, experts):
-                self._transfer.start(load)
+            self._take(self._transfer.poll(wait=False))
+            if not self._all_there(layer, experts):
+                self._expect(layer, experts)
+                if not all(self._cache.holds(layer, expert) for expert in experts):  # what was used has the buffers
+                    self._account(passed())
+                    self._expect(layer, experts)
+                start_s = self._clock()  # before, it was not for guesses
             self._rested(layer)
-            self._speculate(layer, lambda: foreseen)
-            if self._cache.crowded:  # what was used may hold buffers until it is accounted for
+            self._speculate(layer, lambda: foreseen, start_s - self._foresee_s)
+            if self._cache.crowded:
                 self._account(passed())
                 self._start_loads()
-            goes_on = all(self._cache.there(layer, expert) is not None for expert in experts)
+            goes_on = self._all_there(layer, experts)
             if goes_on:
                 self._put_places()
                 self._went_on += 1
@@ -197,13 +204,22 @@ class ExpertRunner:
             raise
         return goes_on
 
+    def _all_there(self, layer: int, experts: "list[int]") -> bool:
+        return all(self._cache.there(layer, expert) is not None for expert in experts)
+
+    def _expect(self, layer: int, experts: "list[int]") -> None:
+        for load in self._cache.expect(layer, experts):
+            self._transfer.start(load)
+
     @property
     def wants_shares(self) -> bool:
         """Whether `walked` is to be told what routers think of all experts."""
         return self._cache.uses_probabilities
 
-    def walked(self, passed: "Sequence[Passed]", compute_s: float) -> None:
-        """A token has passed layers at once; `compute_s` is the time in experts."""
+    def walked(self, passed: "Sequence[Passed]", compute_s: float, foresee_s: float) -> None:
+        """A token has passed layers at once; `compute_s` is the time in experts, `foresee_s` that in which a layer
+        foresaw others."""
+        self._foresee_s = foresee_s
         try:
             self._account(passed)
             if passed:
@@ -222,7 +238,7 @@ class ExpertRunner:
             self.speculation.requested(layer, experts)
             there = self._cache.used(layer, experts, valued, shares)
             assert there, "an expert was taken before its use was accounted for"
-        self.speculation.passed(len(passed) - self._went_on)
+        self.speculation.passed(len(passed) - self._went_on, self._foresee_s)
         self._went_on = 0
 
     def _kind(self, layer: int, module: Any) -> str:
@@ -291,11 +307,11 @@ class ExpertRunner:
             self._cache.guess(ahead, experts)
         self._start_loads()
 
-    def _speculate(self, layer: int, guess: "Callable[[], Guesses]") -> None:
-        """Load the guesses that pay."""
+    def _speculate(self, layer: int, guess: "Callable[[], Guesses]", start_s: "float | None" = None) -> None:
+        """Load the guesses that pay; guessing began at `start_s`, or begins now."""
         if not self.speculation.watches():
             return
-        start_s = self._clock()
+        start_s = self._clock() if start_s is None else start_s
         guesses = guess()
         if guesses:
             self._collect(wait=False)  # which may make room for them
@@ -406,10 +422,13 @@ class ExpertRunner:
                 buffers = self._transfer.poll(wait=True)
         else:
             buffers = self._transfer.poll(wait=False)
-        for buffer in buffers:
-            self._cache.loaded(buffer)
+        self._take(buffers)
         if buffers:
             self._start_loads()
+
+    def _take(self, buffers: "list[int]") -> None:
+        for buffer in buffers:
+            self._cache.loaded(buffer)
 
     def _count(self) -> None:
         counters, metrics = self._cache.counters, self.metrics

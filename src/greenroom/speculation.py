@@ -60,11 +60,11 @@ class Speculation:
         told instead of `watches`."""
         return sys.maxsize if self.ranks or not self.most else WATCH - 1 - self._calls % WATCH
 
-    def passed(self, calls: int) -> None:
-        """So many calls were not guessed for, or all that was guessed was there, which took next to nothing."""
+    def passed(self, calls: int, seconds: float = 0.0) -> None:
+        """So many calls were not guessed for, or all that was guessed was there, which took each so long."""
         for _ in range(calls if self.ranks else 0):
             self._guessed(0, 0.0)
-            self.guessing_took(0.0)
+            self.guessing_took(seconds)
         self._calls += calls
 
     def choose(

@@ -10,6 +10,8 @@ One access of a layer goes:
     cache.release(layer, expert)             computed: its buffer may be reused
     cache.finish()                           all experts of the access are released
 
+or, where all experts are there, in one step: `hit` before they are computed, `used` afterwards.
+
 Buffers are numbered 0 … slots + staging - 1 and all alike: being a slot or a staging buffer is a role, so a guess
 that is used becomes resident without a copy, and its victim's buffer becomes a staging buffer.
 
@@ -86,8 +88,8 @@ class ExpertCache:
         self._recent: dict[int, Sequence[int]] = {}  # each layer's latest set, for policies
 
     def expect(self, layer: int, experts: Sequence[int]) -> list[Load]:
-        """The next request will be for `experts` of `layer`: loads, to be started, of what it will find missing, as far
-        as buffers are free. Other layers may be `used` before it; if another request comes instead, they are
+        """The layer will be asked for `experts` next, or is found to have `used` them: loads, to be started, of what is
+        missing, as far as buffers are free. Others may be `used` before it; if another request comes instead, they are
         dropped."""
         self._drop_guesses(layer, keep={(layer, expert) for expert in experts})
         lacking = [(layer, expert) for expert in experts if (layer, expert) not in self._held]
@@ -211,8 +213,9 @@ class ExpertCache:
         return self._moved
 
     def there(self, layer: int, expert: int) -> "int | None":
-        """The buffer in which `used` will find the expert, whatever other layers have used before; None where that is
-        not sure: where all share their slots, a guess that another layer uses may take an expert's."""
+        """The buffer in which `used` will find the expert, whatever other layers have used before, if no request comes
+        first; None where that is not sure: where all share their slots, a guess that another layer uses may take an
+        expert's."""
         if self._shared and (layer, expert) not in self._resident[0]:
             return None
         return self.ready(layer, expert)

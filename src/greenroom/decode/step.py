@@ -81,8 +81,9 @@ class Residents(Protocol):
         layers before, of which `walked` will not be told then."""
         ...
 
-    def walked(self, passed: "list[Passed]", compute_s: float) -> None:
-        """What was chosen in layers that a token has passed, and the time in experts."""
+    def walked(self, passed: "list[Passed]", compute_s: float, foresee_s: float) -> None:
+        """What was chosen in layers that a token has passed, the time in experts, and that in which a layer foresaw
+        others."""
         ...
 
 
@@ -327,15 +328,15 @@ class DecodeStep:
             ahead = [(moe[place].greenroom_layer, ranked) for place, ranked in foreseen]
             return residents.lacks(moe[index].greenroom_layer, experts, ahead, passed)
 
-        end: int = self._decoder.walk(
+        end: int
+        end, foresee_s = self._decoder.walk(
             first, last, caches, cosine, sine, records, foresight, lacks, with_shares, outputs, count()
         )
         self.walks += 1
-        residents.walked(passed(), native.experts_s() - before_s)
-        if end == last:
-            return end
-        self._experts(end, *asked[-1], self._serve, foresees=False)
-        return end + 1
+        residents.walked(passed(), native.experts_s() - before_s, foresee_s)
+        if end < last:
+            self._experts(end, *asked[-1], self._serve, foresees=False)
+        return min(end + 1, last)
 
     @property
     def hidden(self) -> torch.Tensor:
