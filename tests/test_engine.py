@@ -742,3 +742,19 @@ def test_what_would_copy_a_model_without_its_experts_is_refused(packed4: PackedM
             with pytest.raises(ConfigError, match=r"copy .*or load it once more"):
                 action()
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("action", [lambda it: it.half(), lambda it: it.to(torch.float64), lambda it: it.to("meta")])
+def test_what_packed_weights_cannot_follow_is_refused(packed4: PackedModel, action: Any, dtype: "str | None") -> None:
+    """What asks for what there is does nothing, also to what is kept in another dtype."""
+    ids = torch.arange(4, 9)[None]
+    with Engine(packed4, EngineSettings(experts_per_layer=2, context=16, dtype=dtype)) as engine, torch.no_grad():
+        model, kinds = engine.model, [it.dtype for it in [*engine.model.parameters(), *engine.model.buffers()]]
+        want = model(ids).logits
+        with pytest.raises(ConfigError, match="dtype="):
+            action(model)
+        assert model.to(getattr(torch, dtype or "float32")).to("cpu") is model
+        assert kinds == [it.dtype for it in [*model.parameters(), *model.buffers()]]
+        assert dtype is None or torch.float32 in kinds, "control: nothing is kept in another dtype"
+        assert torch.equal(model(ids).logits, want)

@@ -26,7 +26,7 @@ from greenroom.kernels import native, over_slots
 from greenroom.layer_steps import LayerSteps
 from greenroom.machine import available_memory
 from greenroom.metrics import Metrics, process_memory
-from greenroom.model import MappedEmbedding, build, keep_from_copies, routers
+from greenroom.model import MappedEmbedding, build, keep_from_copies, keep_in_place, routers
 from greenroom.packed import PackedModel
 from greenroom.placement import Placement
 from greenroom.prefetch import AUTOMATIC, Prefetcher
@@ -137,6 +137,7 @@ class Engine:
         self.model.greenroom = self
         seam.load_generation_config(self.model, packed.folder)
         keep_from_copies(self.model, packed.folder)
+        keep_in_place(self.model, dtype, torch.device("cpu") if self.device is None else self.device.place)
 
     def __enter__(self) -> "Engine":
         return self

@@ -5,6 +5,7 @@ Builds the model's skeleton, gives it the packed model's dense weights and leave
 """
 
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,27 @@ def keep_from_copies(model: Any, folder: Path) -> None:
 
     for name in ("save_pretrained", "push_to_hub", "__deepcopy__", "__reduce_ex__"):
         setattr(model, name, refuse)
+
+
+def keep_in_place(model: Any, dtype: torch.dtype, place: torch.device) -> None:
+    """Refuse what would cast a model or move it (`half`, `to`, …), which its packed weights would not follow; what asks
+    for the `dtype` and `place` that it has does nothing, also to what is kept in another dtype."""
+
+    def unchanged(fn: "Callable[[torch.Tensor], torch.Tensor]", recurse: bool = True) -> Any:
+        one = torch.empty(0, dtype=dtype, device=place)
+        try:
+            other = fn(one)
+            same = (other.dtype, other.device) == (one.dtype, one.device)
+        except (RuntimeError, AssertionError):  # a device that this torch does not have
+            same = False
+        if not same:
+            raise ConfigError(
+                f"a packed model stays {str(dtype).removeprefix('torch.')} on {place.type}: load it with dtype= for "
+                "other activations, with vram= for a GPU"
+            )
+        return model
+
+    model._apply = unchanged
 
 
 def routers(model: Any, packed: PackedModel) -> "list[Router | None]":
