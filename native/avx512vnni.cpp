@@ -195,6 +195,6 @@ Kernel kernel(const Matrix& matrix, Batch batch) {
 }  // namespace
 
 const Isa kAvx512Vnni = {"avx512vnni", "AVX-512 VNNI", supported, kernel, activate, attend<Avx512Vnni>, mix<Avx512Vnni>,
-                         attend_causally<Avx512Vnni>};
+                         widen<Avx512Vnni>, attend_causally<Avx512Vnni>};
 
 }  // namespace greenroom

@@ -73,6 +73,6 @@ Kernel kernel(const Matrix& matrix, Batch batch) {
 }  // namespace
 
 const Isa kAvxVnni = {"avxvnni", "AVX2 VNNI", supported, kernel, activate, attend<AvxVnni>, mix<AvxVnni>,
-                      attend_causally<AvxVnni>};
+                      widen<AvxVnni>, attend_causally<AvxVnni>};
 
 }  // namespace greenroom

@@ -2,11 +2,12 @@
 // translation unit, like rows.h and under the same rules.
 //
 // Rows lie along vectors: scores are kept [keys, rows] and sums [value_dim, rows], so that the softmax is arithmetic
-// between vectors, keys and values are read as they lie, and both products are one function. Keys come a tile at a time;
-// what was summed before is scaled down when a row's highest score grows (arXiv:2205.14135).
+// between vectors, keys and values are read as they lie, and both products are one function. Keys come a tile at a time,
+// cached ones widened first; what was summed before is scaled down when a row's highest score grows (arXiv:2205.14135).
 #pragma once
 
 #include "activation.h"
+#include "halves.h"
 #include "matrix.h"
 
 namespace greenroom {
@@ -53,6 +54,36 @@ void multiply_tiles(const float* a, std::int64_t stride, std::int64_t step, int 
         }
 }
 
+template <class V>
+void widen(const std::uint8_t* halves, float* to, std::int64_t count) {
+    std::int64_t i = 0;
+    for (; i + V::kWidth <= count; i += V::kWidth) V::store(to + i, V::template from_halves<true>(halves + 2 * i));
+    for (; i < count; ++i) to[i] = float16_at(halves + 2 * i);
+}
+
+// Some positions' keys or values in float32: `from`, positions `stride` and dimensions `step` apart.
+struct Positions {
+    const float* from;
+    std::int64_t stride, step;
+};
+
+template <class V>
+Positions tile_of_keys(const Queries& it, int start, int count, float* scratch) {
+    if (it.cached_keys == nullptr) return {it.keys + start * it.key_stride, it.key_stride, 1};
+    for (int first = 0; first < count; first += kPositions) {
+        const std::uint8_t* block = it.cached_keys + 2 * static_cast<std::int64_t>(start + first) * it.key_dim;
+        for (int d = 0; d < it.key_dim; ++d) widen<V>(block + 2 * d * kPositions, scratch + d * kKeysAtOnce + first, kPositions);
+    }
+    return {scratch, 1, kKeysAtOnce};
+}
+
+template <class V>
+Positions tile_of_values(const Queries& it, int start, int count, float* scratch) {
+    if (it.cached_values == nullptr) return {it.values + start * it.value_stride, it.value_stride, 1};
+    widen<V>(it.cached_values + 2 * static_cast<std::int64_t>(start) * it.value_dim, scratch, static_cast<std::int64_t>(count) * it.value_dim);
+    return {scratch, it.value_dim, 1};
+}
+
 // What each row has seen so far.
 struct Softmax {
     alignas(64) float highest[kRows], sum[kRows], factor[kRows];
@@ -84,6 +115,7 @@ inline void weigh(float* scores, int start, int count, bool all, Softmax& rows) 
 template <class V>
 void attend_causally(const Queries& it) {
     float *q = it.scratch, *sums = q + kRows * it.key_dim, *scores = sums + kRows * it.value_dim;
+    float *keys = scores + kRows * kKeysAtOnce, *values = keys + kKeysAtOnce * it.key_dim;
     Softmax rows;
     for (int r = 0; r < kRows; ++r) {  // what is not there repeats the last
         const int there = r < it.tokens * it.heads ? r : it.tokens * it.heads - 1, token = there / it.heads, head = there % it.heads;
@@ -96,11 +128,13 @@ void attend_causally(const Queries& it) {
         rows.first[r] = static_cast<std::int32_t>(first < 0 ? 0 : first);
     }
     for (int i = 0; i < kRows * it.value_dim; ++i) sums[i] = 0.0f;
-    for (int start = rows.first[0]; start <= rows.last[kRows - 1]; start += kKeysAtOnce) {
+    for (int start = rows.first[0] / kPositions * kPositions; start <= rows.last[kRows - 1]; start += kKeysAtOnce) {
         const int left = rows.last[kRows - 1] + 1 - start, count = left < kKeysAtOnce ? left : kKeysAtOnce;
-        multiply_tiles<V>(it.keys + start * it.key_stride, it.key_stride, 1, count, it.key_dim, q, nullptr, scores);
+        const Positions key = tile_of_keys<V>(it, start, count, keys);
+        multiply_tiles<V>(key.from, key.stride, key.step, count, it.key_dim, q, nullptr, scores);
         weigh(scores, start, count, start >= rows.first[kRows - 1] && start + count - 1 <= rows.last[0], rows);
-        multiply_tiles<V>(it.values + start * it.value_stride, 1, it.value_stride, it.value_dim, count, scores, rows.factor, sums);
+        const Positions value = tile_of_values<V>(it, start, count, values);
+        multiply_tiles<V>(value.from, value.step, value.stride, it.value_dim, count, scores, rows.factor, sums);
     }
     for (int r = 0; r < it.tokens * it.heads; ++r) {
         float* to = it.out + r / it.heads * it.out_stride + r % it.heads * it.value_dim;

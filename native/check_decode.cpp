@@ -90,18 +90,25 @@ void check_mix(const Isa& isa, int value_dim, int positions) {
     expect(worst < 1e-5 * positions, "mix", value_dim, positions, isa.name);
 }
 
+// A number that float16 has.
+float short_number() { return std::round(number() * 256.0f) / 256.0f; }
+
 // Rows of `tokens` tokens and `heads` heads over `position` keys before them, in buffers that end where they should.
-void check_causal(const Isa& isa, int tokens, int heads, int key_dim, int value_dim, int position, int window, bool sunk) {
-    const int length = position + tokens;
+void check_causal(const Isa& isa, int tokens, int heads, int key_dim, int value_dim, int position, int window, bool sunk, bool cached) {
+    const int length = position + tokens, capacity = (length + kPositions - 1) / kPositions * kPositions;
     auto q = array<float>(tokens * heads * key_dim), keys = array<float>(length * key_dim), values = array<float>(length * value_dim);
     auto out = array<float>(tokens * heads * value_dim), sinks = array<float>(heads);
     for (int i = 0; i < tokens * heads * key_dim; ++i) q[i] = 3.0f * number() / std::sqrt(static_cast<float>(key_dim));
-    for (int i = 0; i < length * key_dim; ++i) keys[i] = 4.0f * number();
-    for (int i = 0; i < length * value_dim; ++i) values[i] = number();
+    for (int i = 0; i < length * key_dim; ++i) keys[i] = 4.0f * short_number();
+    for (int i = 0; i < length * value_dim; ++i) values[i] = short_number();
     for (int head = 0; head < heads; ++head) sinks[head] = 5.0f * number();
-    const std::size_t floats = static_cast<std::size_t>(kRows * (key_dim + value_dim + kKeysAtOnce));
+    auto cached_keys = array<std::uint8_t>(2 * capacity * key_dim), cached_values = array<std::uint8_t>(2 * length * value_dim);
+    const KeyValues cache{cached_keys.get(), cached_values.get(), capacity, 0, 0};
+    for (int p = 0; p < length; ++p) put_key(cache, 0, p, keys.get() + p * key_dim, key_dim), put_value(cache, 0, p, values.get() + p * value_dim, value_dim);
+    const std::size_t floats = static_cast<std::size_t>(Queries::scratch_floats(key_dim, value_dim) + 15) / 16 * 16;
     std::unique_ptr<float, void (*)(void*)> scratch(static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))), std::free);
-    isa.attend_causally({q.get(), tokens, heads, key_dim, value_dim, keys.get(), values.get(), heads * key_dim, key_dim, value_dim,
+    isa.attend_causally({q.get(), tokens, heads, key_dim, value_dim, cached ? cached_keys.get() : nullptr, cached ? cached_values.get() : nullptr,
+                         cached ? nullptr : keys.get(), cached ? nullptr : values.get(), heads * key_dim, key_dim, value_dim,
                          heads * value_dim, position, window, sunk ? sinks.get() : nullptr, out.get(), scratch.get()});
     double worst = 0.0, hidden = 0.0;  // the second: had each token seen the one after it, too
     for (int token = 0; token < tokens; ++token)
@@ -284,15 +291,14 @@ std::vector<float> prompt(const std::vector<DecoderLayer>& layers, int tokens, i
     std::vector<float> cosine(static_cast<std::size_t>(tokens * kRotary / 2), 0.5f), sine(cosine.size(), 0.75f);
     for (std::size_t i = 0; i < hidden.size(); ++i) hidden[i] = static_cast<float>(i * 7 % 11) - 5.0f;
     Prompt prompt(layers, kWidth, tokens, hidden.data(), normed.data(), cosine.data(), sine.data(), true);
-    auto keys = array<float>(tokens * kKvHeads * kDim), values = array<float>(tokens * kKvHeads * kDim);
+    const std::int64_t before = 3, capacity = (before + tokens + kPositions - 1) / kPositions * kPositions;
+    auto keys = array<std::uint8_t>(2 * capacity * kKvHeads * kDim), values = array<std::uint8_t>(2 * capacity * kKvHeads * kDim);
+    auto latents = array<std::uint8_t>(2 * capacity * kLatent), both = array<std::uint8_t>(2 * capacity * (kLatent + kRotary));
     auto experts = array<std::int64_t>(tokens * 3);
     auto weights = array<float>(tokens * 3);
-    prompt.project(0, keys.get(), values.get(), threads);
-    prompt.attend(0, keys.get(), values.get(), tokens, 20, experts.get(), weights.get(), threads);
+    prompt.attend(0, {keys.get(), values.get(), capacity, 0, before}, 20, experts.get(), weights.get(), threads);
     prompt.combine(0, outputs.data(), threads);
-    auto latents = array<float>(tokens * kLatent), turned = array<float>(tokens * kRotary);
-    prompt.project(1, latents.get(), turned.get(), threads);
-    prompt.attend(1, latents.get(), turned.get(), tokens, 0, nullptr, nullptr, threads);
+    prompt.attend(1, {both.get(), latents.get(), capacity, 0, before}, 0, nullptr, nullptr, threads);
     hidden.insert(hidden.end(), weights.get(), weights.get() + tokens * 3);
     return hidden;
 }
@@ -334,10 +340,12 @@ int main() {
         check_attend(*isa, 13, 128, 128, 0, kSpan, 300.0f);  // most weights are nothing
         for (int value_dim : {4, 16, 33, 512})
             for (int positions : {1, 19, 32, 33, 600}) check_mix(*isa, value_dim, positions);
-        for (int heads : {1, 5, 8}) check_causal(*isa, 64 / heads, heads, 24, 20, heads * 30, 0, heads == 5);
-        check_causal(*isa, 1, 64, 128, 128, 0, 0, false);
-        check_causal(*isa, 9, 3, 7, 13, 300, 20, true);
-        check_causal(*isa, 40, 1, 8, 8, 100, 3, false);
+        for (bool cached : {false, true}) {
+            for (int heads : {1, 5, 8}) check_causal(*isa, 64 / heads, heads, 24, 20, heads * 30, 0, heads == 5, cached);
+            check_causal(*isa, 1, 64, 128, 128, 0, 0, false, cached);
+            check_causal(*isa, 9, 3, 7, 13, 300, 20, true, cached);
+            check_causal(*isa, 40, 1, 8, 8, 100, 3, false, cached);
+        }
         check_decoder(*isa);
     }
     std::printf("decoder: %d checks, %d failures\n", checks, failures);

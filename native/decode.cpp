@@ -12,43 +12,6 @@ namespace {
 
 constexpr std::int64_t kAloneNbytes = 64 << 10;  // of cache: below, waking a thread takes longer
 
-// To float16, to nearest, ties to even; what is larger than float16 becomes its largest number, and no number stays none.
-std::uint16_t to_half(float value) {
-    if (value != value) return 0x7e00u;
-    value = std::clamp(value, -65504.0f, 65504.0f);
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    const std::uint32_t sign = bits >> 16 & 0x8000u;
-    bits &= 0x7fffffffu;
-    if (bits < 0x38800000u) {  // below 2^-14: float16's spacing is 2^-24 there, as float32's is in [0.5, 1)
-        float magnitude;
-        std::memcpy(&magnitude, &bits, 4);
-        const float shifted = magnitude + 0.5f;
-        std::uint32_t rounded;
-        std::memcpy(&rounded, &shifted, 4);
-        return static_cast<std::uint16_t>(sign | (rounded - 0x3f000000u));
-    }
-    bits += 0xfffu + (bits >> 13 & 1u);
-    return static_cast<std::uint16_t>(sign | (bits - 0x38000000u) >> 13);
-}
-
-void put_key(const KeyValues& cache, int kv_head, const float* x, int key_dim) {
-    const std::int64_t block = cache.length / kPositions, lane = cache.length % kPositions;
-    std::uint8_t* to = cache.keys + 2 * ((kv_head * cache.capacity + block * kPositions) * key_dim + lane);
-    for (int d = 0; d < key_dim; ++d) {
-        const std::uint16_t half = to_half(x[d]);
-        std::memcpy(to + 2 * static_cast<std::int64_t>(d) * kPositions, &half, 2);
-    }
-}
-
-void put_value(const KeyValues& cache, int kv_head, const float* x, int count) {
-    std::uint8_t* to = cache.values + 2 * (kv_head * cache.capacity + cache.length) * count;
-    for (int d = 0; d < count; ++d) {
-        const std::uint16_t half = to_half(x[d]);
-        std::memcpy(to + 2 * d, &half, 2);
-    }
-}
-
 // The attention of all query heads over first <= p <= length. Spans are cut by position alone, and put together in
 // their order, so that the number of threads never shows.
 void attend_all(const float* q, int heads, int kv_heads, int key_dim, int value_dim, const float* sinks,
@@ -145,8 +108,8 @@ const float* Decoder::attention(const Attention& it, const KeyValues& cache, con
     finish_heads(it, q, k, v, cosine, sine);
     for (int i = 0; i < it.heads * dim; ++i) q[i] *= it.scale;
     for (int head = 0; head < it.kv_heads; ++head) {
-        put_key(cache, head, k + head * dim, dim);
-        put_value(cache, head, v + head * dim, dim);
+        put_key(cache, head, cache.length, k + head * dim, dim);
+        put_value(cache, head, cache.length, v + head * dim, dim);
     }
     float* mixed = sized(c_, it.heads * dim);
     attend_all(q, it.heads, it.kv_heads, dim, dim, it.sinks, cache, partial_, mixed, threads);
@@ -173,8 +136,8 @@ const float* Decoder::latent_attention(const LatentAttention& it, const KeyValue
     }
     normalize(it.latent_norm, latent, it.latent_dim, latent);
     rotate(it.rotation, latent + it.latent_dim, it.rotary_dim, cosine, sine);
-    put_key(cache, 0, latent, key_dim);
-    put_value(cache, 0, latent, it.latent_dim);
+    put_key(cache, 0, cache.length, latent, key_dim);
+    put_value(cache, 0, cache.length, latent, it.latent_dim);
 
     // a head's query in the latent's space: nope . key_up, then the rotated part as it is
     float* absorbed = sized(c_, static_cast<std::int64_t>(it.heads) * (key_dim + it.latent_dim));

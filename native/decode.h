@@ -12,14 +12,6 @@
 
 namespace greenroom {
 
-// One layer's cache of one sequence, float16, as Span wants it: keys [kv_heads, capacity / kPositions, key_dim,
-// kPositions], values [kv_heads, capacity, value_dim]. Positions first <= p < length are visible; this token is put at
-// `length`, which must be below capacity.
-struct KeyValues {
-    std::uint8_t *keys, *values;
-    std::int64_t capacity, first, length;
-};
-
 // Where a layer's experts lie: the address of each one's record, null where it is elsewhere. None where a layer has no
 // experts.
 struct Records {

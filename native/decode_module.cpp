@@ -171,16 +171,12 @@ std::vector<std::tuple<std::size_t, std::vector<int>, std::vector<float>, std::v
     return told;
 }
 
-void project(Prompt& prompt, std::size_t layer, std::uintptr_t keys, std::uintptr_t values, int threads) {
+void attend_all(Prompt& prompt, std::size_t layer, std::uintptr_t keys, std::uintptr_t values, std::int64_t capacity,
+                std::int64_t length, std::int64_t window, std::uintptr_t experts, std::uintptr_t weights, int threads) {
     check(layer < prompt.layers(), "no such layer");
-    prompt.project(layer, pointer<float>(keys), pointer<float>(values), threads);
-}
-
-void attend_all(Prompt& prompt, std::size_t layer, std::uintptr_t keys, std::uintptr_t values, std::int64_t length,
-                std::int64_t window, std::uintptr_t experts, std::uintptr_t weights, int threads) {
-    check(layer < prompt.layers(), "no such layer");
-    check(length >= prompt.count() && length <= INT32_MAX && window >= 0, "not a number of positions");
-    prompt.attend(layer, pointer<const float>(keys), pointer<const float>(values), length, window,
+    check(length >= 0 && length <= capacity - prompt.count() && capacity <= INT32_MAX && capacity % kPositions == 0, "the cache is full");
+    check(window >= 0, "not a number of positions");
+    prompt.attend(layer, {pointer<std::uint8_t>(keys), pointer<std::uint8_t>(values), capacity, 0, length}, window,
                   pointer<std::int64_t>(experts), pointer<float>(weights), threads);
 }
 
@@ -332,7 +328,6 @@ void bind_decoder(nb::module_& module) {
             },
             nb::keep_alive<0, 1>());
     nb::class_<Prompt>(module, "Prompt")
-        .def("project", &project, nb::call_guard<nb::gil_scoped_release>())
         .def("attend", &attend_all, nb::call_guard<nb::gil_scoped_release>())
         .def("combine", &combine_all, nb::call_guard<nb::gil_scoped_release>());
     module.def("token", &token);

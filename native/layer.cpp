@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+
+#include "matrix.h"
 
 namespace greenroom {
 namespace {
@@ -17,6 +20,32 @@ float inverse_root_mean_square(const float* x, std::int64_t count, float eps) {
     for (; i < count; ++i) sum += x[i] * x[i];
     for (float lane : sums) sum += lane;
     return 1.0f / std::sqrt(sum / static_cast<float>(count) + eps);
+}
+
+std::uint16_t to_half(float value) {
+    if (value != value) return 0x7e00u;
+    value = std::clamp(value, -65504.0f, 65504.0f);
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const std::uint32_t sign = bits >> 16 & 0x8000u;
+    bits &= 0x7fffffffu;
+    if (bits < 0x38800000u) {  // below 2^-14: float16's spacing is 2^-24 there, as float32's is in [0.5, 1)
+        float magnitude;
+        std::memcpy(&magnitude, &bits, 4);
+        const float shifted = magnitude + 0.5f;
+        std::uint32_t rounded;
+        std::memcpy(&rounded, &shifted, 4);
+        return static_cast<std::uint16_t>(sign | (rounded - 0x3f000000u));
+    }
+    bits += 0xfffu + (bits >> 13 & 1u);
+    return static_cast<std::uint16_t>(sign | (bits - 0x38000000u) >> 13);
+}
+
+void put_halves(std::uint8_t* to, std::int64_t step, const float* x, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        const std::uint16_t half = to_half(x[i]);
+        std::memcpy(to + 2 * i * step, &half, 2);
+    }
 }
 
 void normalize_heads(const Norm& norm, float* x, int heads, int dim, bool each) {
@@ -120,6 +149,15 @@ Chosen choose(const Router& it, float* logits) {
 std::vector<int> ranked(const Router& it, float* logits, int count) {
     const int experts = static_cast<int>(it.weights.shape.rows);
     return largest(preferences(it, logits).data(), experts, std::min(count, experts));
+}
+
+void put_key(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t key_dim) {
+    const std::int64_t lane = position % kPositions, block = kv_head * cache.capacity + position - lane;
+    put_halves(cache.keys + 2 * (block * key_dim + lane), kPositions, x, key_dim);
+}
+
+void put_value(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t count) {
+    put_halves(cache.values + 2 * (kv_head * cache.capacity + position) * count, 1, x, count);
 }
 
 float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }

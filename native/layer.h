@@ -83,6 +83,14 @@ struct DecoderLayer {
     std::optional<Mlp> mlp;        // the dense or the shared one
 };
 
+// One layer's cache of one sequence, float16, as Span wants it: keys [kv_heads, capacity / kPositions, key_dim,
+// kPositions], values [kv_heads, capacity, value_dim]. Positions first <= p < length are visible; what comes next is put
+// at `length` and after, below capacity.
+struct KeyValues {
+    std::uint8_t *keys, *values;
+    std::int64_t capacity, first, length;
+};
+
 // The experts of one token.
 struct Chosen {
     std::vector<int> experts;    // ascending
@@ -104,6 +112,11 @@ Chosen choose(const Router& it, float* logits);
 
 // As many experts as there are, but at most `count`, likeliest first; logits become scores.
 std::vector<int> ranked(const Router& it, float* logits, int count);
+
+// A head's key [key_dim] or value [count] into the cache, rounded to float16, to nearest, ties to even. What is larger
+// than float16 becomes its largest number, and no number stays none.
+void put_key(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t key_dim);
+void put_value(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t count);
 
 float sigmoid(float x);
 void softmax(float* x, std::int64_t count);

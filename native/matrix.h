@@ -67,20 +67,30 @@ using Attend = void (*)(const Span& span);
 // out [value_dim] = sum of weights[p] * values[p]; values: float16 [positions, value_dim]
 using Mix = void (*)(const std::uint8_t* values, int value_dim, const float* weights, int positions, float* out);
 
+// to[i] = halves[i], float16
+using Widen = void (*)(const std::uint8_t* halves, float* to, std::int64_t count);
+
 // Causal attention of up to kRows rows, a row being one query head of one token, to the key-value head they share, in
 // float32. Token t stands at place `position + t` among the keys, and sees the last `window` up to its own (0: all).
+// Keys and values are cached ones, as a Span has them from position 0 on, or float32, positions key_stride and
+// value_stride apart.
 constexpr int kRows = 64;
-constexpr int kKeysAtOnce = 96;
+constexpr int kKeysAtOnce = 96;  // blocks of keys
 
 struct Queries {
     const float* q;  // [tokens, heads, key_dim], tokens q_stride apart, scaled
     int tokens, heads, key_dim, value_dim;
-    const float *keys, *values;  // positions key_stride and value_stride apart
+    const std::uint8_t *cached_keys, *cached_values;  // or null
+    const float *keys, *values;
     std::int64_t q_stride, key_stride, value_stride, out_stride;
     std::int64_t position, window;
     const float* sinks;  // [heads], logits of a position that holds nothing; or null
     float* out;          // [tokens, heads, value_dim], tokens out_stride apart; may be q where the dims are the same
-    float* scratch;      // kRows * (key_dim + value_dim + kKeysAtOnce), aligned to 64 bytes
+    float* scratch;      // scratch_floats(key_dim, value_dim), aligned to 64 bytes
+
+    static constexpr std::int64_t scratch_floats(std::int64_t key_dim, std::int64_t value_dim) {
+        return kRows * (key_dim + value_dim + kKeysAtOnce) + kKeysAtOnce * (key_dim + value_dim);
+    }
 };
 using AttendCausally = void (*)(const Queries& queries);
 
@@ -102,6 +112,7 @@ struct Isa {
     Activate activate;
     Attend attend;
     Mix mix;
+    Widen widen;
     AttendCausally attend_causally;
 };
 

@@ -199,6 +199,6 @@ Kernel kernel(const Matrix& matrix, Batch batch) {
 
 }  // namespace
 
-const Isa kNeon = {"neon", "Arm NEON", supported, kernel, activate, attend<Neon>, mix<Neon>, attend_causally<Neon>};
+const Isa kNeon = {"neon", "Arm NEON", supported, kernel, activate, attend<Neon>, mix<Neon>, widen<Neon>, attend_causally<Neon>};
 
 }  // namespace greenroom

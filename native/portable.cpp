@@ -63,6 +63,6 @@ Kernel kernel(const Matrix& matrix, Batch) { return float_kernel<Portable>(matri
 }  // namespace
 
 const Isa kPortable = {"portable", "portable C++", supported, kernel, activate, attend<Portable>, mix<Portable>,
-                       attend_causally<Portable>};
+                       widen<Portable>, attend_causally<Portable>};
 
 }  // namespace greenroom

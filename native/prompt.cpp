@@ -16,7 +16,7 @@ float* sized(std::vector<float>& buffer, std::int64_t count) {
 }
 
 // Causal attention of all heads, cut into what shares a key-value head. `all` describes the first token's heads of the
-// first key-value head; key_head and value_head: between key-value heads. Cut by numbers of tokens and heads alone, so
+// first key-value head; key_head and value_head: numbers between key-value heads. Cut by numbers of tokens and heads alone, so
 // that the number of threads never shows.
 void attend_all(const Queries& all, std::int64_t tokens, int heads, int kv_heads, std::int64_t key_head,
                 std::int64_t value_head, int threads) {
@@ -25,14 +25,14 @@ void attend_all(const Queries& all, std::int64_t tokens, int heads, int kv_heads
     parallel_for(kv_heads * slices * blocks, threads, [&](std::int64_t item) {
         const std::int64_t block = item % blocks, slice = item / blocks % slices, kv_head = item / blocks / slices;
         const std::int64_t head = kv_head * group + slice * at_once, token = block * step;
-        std::vector<float> scratch(static_cast<std::size_t>(kRows * (all.key_dim + all.value_dim + kKeysAtOnce) + 16));
+        std::vector<float> scratch(static_cast<std::size_t>(Queries::scratch_floats(all.key_dim, all.value_dim) + 16));
         Queries its = all;
         its.tokens = static_cast<int>(std::min(step, tokens - token));
         its.heads = static_cast<int>(std::min(at_once, group - slice * at_once));
         its.q += token * all.q_stride + head * all.key_dim;
         its.out += token * all.out_stride + head * all.value_dim;
-        its.keys += kv_head * key_head;
-        its.values += kv_head * value_head;
+        if (all.cached_keys != nullptr) its.cached_keys += 2 * kv_head * key_head, its.cached_values += 2 * kv_head * value_head;
+        else its.keys += kv_head * key_head, its.values += kv_head * value_head;
         its.position += token;
         if (all.sinks != nullptr) its.sinks += head;
         its.scratch = scratch.data() + (64 - reinterpret_cast<std::uintptr_t>(scratch.data()) % 64) % 64 / sizeof(float);
@@ -67,29 +67,46 @@ void Prompt::add(const float* rows, int threads) {
     });
 }
 
-void Prompt::project(std::size_t layer, float* keys, float* values, int threads) {
-    const DecoderLayer& described = layers_.at(layer);
+void Prompt::attend(std::size_t layer, const KeyValues& cache, std::int64_t window, std::int64_t* experts, float* weights, int threads) {
+    const DecoderLayer& it = layers_.at(layer);
+    normalize_all(it.before_attention, threads);
+    if (it.attention) attention(*it.attention, cache, window, threads);
+    else latent_attention(*it.latent_attention, cache, window, threads);
+    normalize_all(it.before_mlp, threads);
+    if (it.router) return route(*it.router, experts, weights, threads);
+    mlp(*it.mlp, threads);
+    add(out_.data(), threads);
+}
+
+void Prompt::attention(const Attention& it, const KeyValues& cache, std::int64_t window, int threads) {
     const int count = static_cast<int>(count_);
-    normalize_all(described.before_attention, threads);
-    if (described.attention) {
-        const Attention& it = *described.attention;
-        const std::int64_t dim = it.head_dim, wide = it.heads * dim, narrow = it.kv_heads * dim;
-        float *q = sized(q_, count_ * wide), *k = sized(a_, 2 * count_ * narrow), *v = k + count_ * narrow;
-        const Linear projections[] = {linear_of(it.query, q), linear_of(it.key, k), linear_of(it.value, v)};
-        linears(normed_, count, projections, 3, threads, rough_);
-        each(threads, [&](std::int64_t token) {
-            const std::int64_t turn = token * it.rotary_dim / 2;
-            float *its_q = q + token * wide, *its_k = k + token * narrow, *its_v = v + token * narrow;
-            finish_heads(it, its_q, its_k, its_v, cosine_ + turn, sine_ + turn);
-            for (std::int64_t i = 0; i < wide; ++i) its_q[i] *= it.scale;
-            for (std::int64_t head = 0; head < it.kv_heads; ++head) {
-                std::copy_n(its_k + head * dim, dim, keys + (head * count_ + token) * dim);
-                std::copy_n(its_v + head * dim, dim, values + (head * count_ + token) * dim);
-            }
-        });
-        return;
-    }
-    const LatentAttention& it = *described.latent_attention;
+    const std::int64_t dim = it.head_dim, wide = it.heads * dim, narrow = it.kv_heads * dim;
+    float *q = sized(q_, count_ * wide), *k = sized(a_, 2 * count_ * narrow), *v = k + count_ * narrow;
+    const Linear projections[] = {linear_of(it.query, q), linear_of(it.key, k), linear_of(it.value, v)};
+    linears(normed_, count, projections, 3, threads, rough_);
+    each(threads, [&](std::int64_t token) {
+        const std::int64_t turn = token * it.rotary_dim / 2;
+        float *its_q = q + token * wide, *its_k = k + token * narrow, *its_v = v + token * narrow;
+        finish_heads(it, its_q, its_k, its_v, cosine_ + turn, sine_ + turn);
+        for (std::int64_t i = 0; i < wide; ++i) its_q[i] *= it.scale;
+        for (std::int64_t head = 0; head < it.kv_heads; ++head) {
+            put_key(cache, head, cache.length + token, its_k + head * dim, dim);
+            put_value(cache, head, cache.length + token, its_v + head * dim, dim);
+        }
+    });
+    Queries all{};
+    all.q = q, all.q_stride = wide, all.out = q, all.out_stride = wide;
+    all.key_dim = all.value_dim = it.head_dim;
+    all.cached_keys = cache.keys, all.cached_values = cache.values;
+    all.position = cache.length, all.window = window, all.sinks = it.sinks;
+    attend_all(all, count_, it.heads, it.kv_heads, cache.capacity * dim, cache.capacity * dim, threads);
+    const Linear output = linear_of(it.output, sized(out_, count_ * width_));
+    linears(q, count, &output, 1, threads, rough_);
+    add(out_.data(), threads);
+}
+
+void Prompt::latent_attention(const LatentAttention& it, const KeyValues& cache, std::int64_t window, int threads) {
+    const int count = static_cast<int>(count_);
     const std::int64_t head_dim = it.nope_dim + it.rotary_dim, wide = it.heads * head_dim, narrow = it.latent_dim + it.rotary_dim;
     float *q = sized(q_, count_ * wide), *latent = sized(a_, count_ * narrow);
     if (it.query_down) {
@@ -109,37 +126,29 @@ void Prompt::project(std::size_t layer, float* keys, float* values, int threads)
         float *its_q = q + token * wide, *its = latent + token * narrow;
         for (int head = 0; head < it.heads; ++head) rotate(it.rotation, its_q + head * head_dim + it.nope_dim, it.rotary_dim, cosine, sine);
         for (std::int64_t i = 0; i < wide; ++i) its_q[i] *= it.scale;
-        normalize(it.latent_norm, its, it.latent_dim, keys + token * it.latent_dim);
+        normalize(it.latent_norm, its, it.latent_dim, its);
         rotate(it.rotation, its + it.latent_dim, it.rotary_dim, cosine, sine);
-        std::copy_n(its + it.latent_dim, it.rotary_dim, values + token * it.rotary_dim);
+        put_key(cache, 0, cache.length + token, its, narrow);
+        put_value(cache, 0, cache.length + token, its, it.latent_dim);
     });
+    attend_expanded(it, cache, window, threads);
 }
 
-void Prompt::attend(std::size_t layer, const float* keys, const float* values, std::int64_t length, std::int64_t window,
-                    std::int64_t* experts, float* weights, int threads) {
-    const DecoderLayer& it = layers_.at(layer);
-    if (it.attention) attention(*it.attention, keys, values, length, window, threads);
-    else latent_attention(*it.latent_attention, keys, values, length, window, threads);
-    normalize_all(it.before_mlp, threads);
-    if (it.router) return route(*it.router, experts, weights, threads);
-    mlp(*it.mlp, threads);
-    add(out_.data(), threads);
-}
-
-void Prompt::attention(const Attention& it, const float* keys, const float* values, std::int64_t length, std::int64_t window, int threads) {
-    const std::int64_t dim = it.head_dim, wide = it.heads * dim;
-    float* q = q_.data();
-    const Queries all{q, 0, 0, it.head_dim, it.head_dim, keys, values, wide, dim, dim, wide, length - count_, window, it.sinks, q, nullptr};
-    attend_all(all, count_, it.heads, it.kv_heads, length * dim, length * dim, threads);
-    const Linear output = linear_of(it.output, sized(out_, count_ * width_));
-    linears(q, static_cast<int>(count_), &output, 1, threads, rough_);
-    add(out_.data(), threads);
-}
-
-void Prompt::latent_attention(const LatentAttention& it, const float* latents, const float* turned, std::int64_t length,
-                              std::int64_t window, int threads) {
+// Attention over keys and values that are made of the cached latents, each head's own.
+void Prompt::attend_expanded(const LatentAttention& it, const KeyValues& cache, std::int64_t window, int threads) {
+    const std::int64_t length = cache.length + count_, key_dim = it.latent_dim + it.rotary_dim;
     const std::int64_t head_dim = it.nope_dim + it.rotary_dim, both = it.nope_dim + it.value_dim, wide = it.heads * both;
     float *up = sized(a_, length * wide), *keys = sized(b_, it.heads * length * head_dim);
+    float *latents = sized(out_, length * key_dim), *turned = latents + length * it.latent_dim;
+    parallel_for((length + kPositions - 1) / kPositions, threads, [&](std::int64_t block) {
+        const std::int64_t first = block * kPositions, there = std::min<std::int64_t>(length - first, kPositions);
+        active().widen(cache.values + 2 * first * it.latent_dim, latents + first * it.latent_dim, there * it.latent_dim);
+        float its[kPositions];
+        for (std::int64_t d = 0; d < it.rotary_dim; ++d) {
+            active().widen(cache.keys + 2 * (first * key_dim + (it.latent_dim + d) * kPositions), its, kPositions);
+            for (std::int64_t p = 0; p < there; ++p) turned[(first + p) * it.rotary_dim + d] = its[p];
+        }
+    });
     const Linear ups = linear_of(it.up, up);
     linears(latents, static_cast<int>(length), &ups, 1, threads, rough_);
     parallel_for(it.heads, threads, [&](std::int64_t head) {
@@ -151,8 +160,11 @@ void Prompt::latent_attention(const LatentAttention& it, const float* latents, c
     });
     const std::int64_t out_dim = it.heads * it.value_dim;
     std::vector<float> mixed(static_cast<std::size_t>(count_ * out_dim));
-    const Queries all{q_.data(), 0, 0, static_cast<int>(head_dim), it.value_dim, keys, up + it.nope_dim, it.heads * head_dim, head_dim, wide,
-                      out_dim, length - count_, window, nullptr, mixed.data(), nullptr};
+    Queries all{};
+    all.q = q_.data(), all.q_stride = it.heads * head_dim, all.out = mixed.data(), all.out_stride = out_dim;
+    all.key_dim = static_cast<int>(head_dim), all.value_dim = it.value_dim;
+    all.keys = keys, all.key_stride = head_dim, all.values = up + it.nope_dim, all.value_stride = wide;
+    all.position = cache.length, all.window = window;
     attend_all(all, count_, it.heads, it.heads, length * head_dim, both, threads);
     const Linear output = linear_of(it.output, sized(out_, count_ * width_));
     linears(mixed.data(), static_cast<int>(count_), &output, 1, threads, rough_);

@@ -1,5 +1,5 @@
-// Some tokens of one sequence through a decoder's layers, all but the experts, in float32 throughout: what decode.h does
-// for one. Keys and values go to whoever keeps them, between `project` and `attend`.
+// Some tokens of one sequence through a decoder's layers, all but the experts, in float32 but for what is cached: what
+// decode.h does for one.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +16,10 @@ public:
     Prompt(const std::vector<DecoderLayer>& layers, std::int64_t width, std::int64_t count, float* hidden, float* normed,
            const float* cosine, const float* sine, bool rough);
 
-    // The tokens' keys and values: [kv_heads, count, head_dim] both; for latent attention the latents [count, latent_dim]
-    // and the turned keys [count, rotary_dim].
-    void project(std::size_t layer, float* keys, float* values, int threads);
-    // hidden += attention over `length` positions of keys and values, the tokens' own the last of them, each token over
-    // the last `window` (0: all) up to its own; then normed. A dense layer's MLP is added; else the chosen experts of
-    // each token are told, best first, and their weights: [count, top_k].
-    void attend(std::size_t layer, const float* keys, const float* values, std::int64_t length, std::int64_t window,
-                std::int64_t* experts, float* weights, int threads);
+    // hidden += attention over the cached positions, the tokens' own put behind them, each token over the last `window`
+    // (0: all) up to its own; then normed. A dense layer's MLP is added; else the chosen experts of each token are told,
+    // best first, and their weights: [count, top_k].
+    void attend(std::size_t layer, const KeyValues& cache, std::int64_t window, std::int64_t* experts, float* weights, int threads);
     // hidden += outputs [count, width] of the experts, plus the shared MLP's.
     void combine(std::size_t layer, const float* outputs, int threads);
 
@@ -31,9 +27,9 @@ public:
     std::int64_t count() const { return count_; }
 
 private:
-    void attention(const Attention& it, const float* keys, const float* values, std::int64_t length, std::int64_t window, int threads);
-    void latent_attention(const LatentAttention& it, const float* latents, const float* turned, std::int64_t length,
-                          std::int64_t window, int threads);
+    void attention(const Attention& it, const KeyValues& cache, std::int64_t window, int threads);
+    void latent_attention(const LatentAttention& it, const KeyValues& cache, std::int64_t window, int threads);
+    void attend_expanded(const LatentAttention& it, const KeyValues& cache, std::int64_t window, int threads);
     void mlp(const Mlp& it, int threads);
     void route(const Router& it, std::int64_t* experts, float* weights, int threads);
     void add(const float* rows, int threads);

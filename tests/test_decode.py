@@ -14,10 +14,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache
+from transformers import DynamicCache, GptOssConfig
 
 import families
-from greenroom import threads
+from greenroom import planner, threads
 from greenroom.config import EngineSettings
 from greenroom.decode import describe, kv, proof
 from greenroom.engine import Engine
@@ -41,8 +41,8 @@ FEW_OTHERS = ["gemma4", "jamba", "lfm2_moe", "qwen3_next", "zaya"]
 """Families without a fast path, for what takes long."""
 TOLERANCE = 5e-3
 """largest |difference| / largest |logit|: float16 keys and values, over random weights that exaggerate"""
-PROMPT_TOLERANCE = 1e-4
-"""the same for a prompt, which is float32 throughout; measured 1e-6 to 2e-5"""
+PROMPT_TOLERANCE = 5e-4
+"""the same where the modules round keys and values, too; measured 1e-6 to 1.2e-4: some fall between two numbers"""
 CONTROL = 2e-2
 MANY = 8
 """tokens from which on a prompt's activations may be rounded to 8 bits"""
@@ -59,10 +59,19 @@ def running(packed: PackedModel, **settings: Any) -> "Iterator[Engine]":
         engine.close()
 
 
+def rounding_cache(engine: Engine) -> DynamicCache:
+    """One that holds float16, whoever computes."""
+    cache = DynamicCache(config=engine.model.config)
+    assert engine.decode.prove() == ""
+    parts = engine.decode._parts
+    assert parts is not None and kv.adopt(cache, parts.layouts, parts.windows) is not None
+    return cache
+
+
 @torch.no_grad()
-def decoded(model: Any, prompt: torch.Tensor = PROMPT) -> torch.Tensor:
+def decoded(model: Any, prompt: torch.Tensor = PROMPT, past: "DynamicCache | None" = None) -> torch.Tensor:
     """Logits of the forced tokens after the prompt, [tokens, vocab]."""
-    out = model(prompt, past_key_values=DynamicCache(config=model.config), use_cache=True)
+    out = model(prompt, past_key_values=DynamicCache(config=model.config) if past is None else past, use_cache=True)
     found = []
     for token in FORCED:
         out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
@@ -70,9 +79,9 @@ def decoded(model: Any, prompt: torch.Tensor = PROMPT) -> torch.Tensor:
     return torch.stack(found)
 
 
-def by_modules(engine: Engine) -> torch.Tensor:
+def by_modules(engine: Engine, rounded: bool = False) -> torch.Tensor:
     engine.decode.enabled = False
-    found = decoded(engine.model)
+    found = decoded(engine.model, past=rounding_cache(engine) if rounded else None)
     engine.decode.enabled = True
     return found
 
@@ -84,7 +93,7 @@ def by_modules(engine: Engine) -> torch.Tensor:
 @pytest.mark.parametrize("bits", some([16, 4], [4]))
 def test_a_family_decodes_like_its_modules(name: str, bits: int) -> None:
     with running(case_of(name).pack(bits)) as engine:
-        want = by_modules(engine)
+        want = by_modules(engine, rounded=True)
         assert engine.decode.steps == engine.decode.prompts == 0
         got = decoded(engine.model)
         assert engine.decode.reason == "" and engine.decode.steps == len(FORCED) and engine.decode.prompts == 1
@@ -109,9 +118,12 @@ LONG = torch.randint(families.FIRST_ID, families.LAST_ID, (1, 230), generator=to
 
 
 @torch.no_grad()
-def read(engine: Engine, *ends: int, ids: torch.Tensor = LONG, cached: bool = True) -> torch.Tensor:
-    """Logits of `ids` [n, vocab], fed in pieces that end at `ends`."""
+def read(
+    engine: Engine, *ends: int, ids: torch.Tensor = LONG, cached: bool = True, rounded: bool = False
+) -> torch.Tensor:
+    """Logits of `ids` [n, vocab], fed in pieces that end at `ends`. `rounded`: into a `rounding_cache`."""
     past = DynamicCache(config=engine.model.config) if cached else None
+    past = rounding_cache(engine) if rounded else past
     pieces = [
         engine.model(ids[:, start:end], past_key_values=past, use_cache=cached).logits[0]
         for start, end in zip((0, *ends), (*ends, ids.shape[1]), strict=True)
@@ -132,7 +144,9 @@ def test_a_prompt_is_read_like_its_modules_read_it(name: str) -> None:
     with running(case_of(name).pack(16), context=256) as engine:
         ids = LONG[:, :31]
         with modules_only(engine):
-            want, other = read(engine, ids=ids), read(engine, ids=ids.flip(1))
+            want, other = read(engine, ids=ids, rounded=True), read(engine, ids=ids.flip(1), rounded=True)
+            assert distance(read(engine, 9, ids=ids, rounded=True), want) < PROMPT_TOLERANCE
+            assert 0 < distance(read(engine, ids=ids), want) < TOLERANCE
         for ends in ((), (2,), (7, 9, 25)):
             before = engine.decode.prompts
             assert distance(read(engine, *ends, ids=ids), want) < PROMPT_TOLERANCE
@@ -146,7 +160,7 @@ def test_long_prompts_cross_tiles(name: str) -> None:
     """More tokens and keys than a tile holds, after a cache, too."""
     with running(case_of(name).pack(4), context=512) as engine:
         with modules_only(engine):
-            want = read(engine)
+            want = read(engine, rounded=True)
         for ends in ((), (100,), (150, 170)):
             assert distance(read(engine, *ends), want) < TOLERANCE
         assert engine.decode.prompts == 6
@@ -486,7 +500,7 @@ def test_what_it_does_not_know_goes_through_the_modules() -> None:
         base, token = engine.model.base_model, torch.tensor([[5]])
         past = DynamicCache(config=engine.model.config)
         hidden = base(PROMPT, torch.ones_like(PROMPT), past_key_values=past).last_hidden_state
-        assert distance(engine.model.lm_head(hidden), engine.model(PROMPT).logits) < PROMPT_TOLERANCE
+        assert distance(engine.model.lm_head(hidden), engine.model(PROMPT).logits) < TOLERANCE
         masks = {"full_attention": None, "sliding_attention": None}
         want = base(token, attention_mask=masks, past_key_values=copy.deepcopy(past)).last_hidden_state
         assert engine.decode.steps == 0
@@ -611,6 +625,7 @@ def test_a_decoder_that_raises_is_left_to_its_modules(monkeypatch: pytest.Monkey
     with running(case_of("mixtral").pack(16)) as engine:
         want = by_modules(engine)
         monkeypatch.setattr("greenroom.decode.step.describe", broken)
+        engine.decode.forget()
         assert torch.equal(decoded(engine.model), want)
         assert engine.decode.reason == "AttributeError: no such thing"
 
@@ -621,6 +636,7 @@ def test_an_interrupted_proof_proves_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
     with running(case_of("mixtral").pack(16)) as engine:
         monkeypatch.setattr(proof, "disagreement", interrupted)
+        engine.decode.forget()
         with pytest.raises(KeyboardInterrupt):
             decoded(engine.model)
         monkeypatch.setattr(proof, "disagreement", lambda *_: "it differs")
@@ -814,6 +830,76 @@ def test_half_kv_holds_what_it_was_given(
         assert torch.equal(one[:, :ours], want)
 
 
+@given(
+    pieces=st.lists(st.integers(1, 90), min_size=1, max_size=6),
+    window=st.one_of(st.none(), st.integers(2, 40)),
+    named=st.booleans(),
+)
+def test_what_modules_put_into_half_layers_is_what_they_see(
+    pieces: "list[int]", window: "int | None", named: bool
+) -> None:
+    """As in transformers' own layers, but for the rounding; the same counts, masks and tensors afterwards."""
+    kind = "sliding_attention" if window else "full_attention"
+    config = GptOssConfig(num_hidden_layers=1, layer_types=[kind], sliding_window=window)
+    own = DynamicCache(config=config) if named or window else DynamicCache()
+    halves = DynamicCache(config=config) if named or window else DynamicCache()
+    assert kv.adopt(halves, [kv.Grouped(2, 8)], [window]) is not None
+    generator = torch.Generator().manual_seed(sum(pieces))
+    for count in pieces:
+        states = [
+            (torch.randn(1, 2, count, 8, generator=generator) * 100).to(torch.float16).to(torch.float32)
+            for _ in range(2)
+        ]
+        for one, other in zip(halves.update(*states, 0), own.update(*states, 0), strict=True):
+            assert one.dtype == torch.float32 and torch.equal(one, other)
+        assert halves.get_seq_length() == own.get_seq_length()
+        assert halves.get_mask_sizes(3, 0) == own.get_mask_sizes(3, 0)
+    exact = torch.randn(1, 2, 5, 8, generator=generator)
+    for one, other in zip(halves.update(exact, -exact, 0), own.update(exact, -exact, 0), strict=True):
+        assert torch.equal(one, other.to(torch.float16).to(torch.float32)) and not torch.equal(one, other)
+    assert torch.equal(halves.layers[0].values, own.layers[0].values.to(torch.float16).to(torch.float32))
+
+
+def test_an_empty_half_layer_takes_any_number_of_sequences() -> None:
+    for first in (None, torch.ones(1, 2, 3, 8)):
+        cache = DynamicCache()
+        assert kv.adopt(cache, [kv.Grouped(2, 8)], [None]) is not None
+        if first is not None:
+            cache.update(first, first, 0)
+            cache.reset()
+        assert cache.get_seq_length() == 0
+        states = torch.rand(3, 2, 4, 8)
+        keys, values = cache.update(states, -states, 0)
+        assert torch.equal(keys, states) and torch.equal(values, -states)
+        assert kv.adopt(cache, [kv.Grouped(2, 8)], [None]) is None, "three sequences"
+
+
+@pytest.mark.parametrize("name", NAMED + OTHERS)
+def test_what_is_planned_for_a_token_is_what_a_token_takes(name: str) -> None:
+    """In the cache, by either way of computing; windows are planned as if they grew."""
+    with running(case_of(name).pack(4), context=64) as engine, torch.no_grad():
+        config, length = engine.model.config, 2
+        compiled, plain = DynamicCache(config=config), DynamicCache(config=config)
+        engine.model(LONG[:, :length], past_key_values=compiled)
+        with modules_only(engine):
+            engine.model(LONG[:, :length], past_key_values=plain)
+        halves = [layer._half.pair() for layer in compiled.layers]
+        taken = sum(one.numel() * one.element_size() for pair in halves for one in pair)
+        assert taken == length * planner.kv_nbytes_per_token(config, 4, compiled=True)
+        taken = sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in plain.layers)
+        assert taken == length * planner.kv_nbytes_per_token(config, 4, compiled=False)
+        assert engine.plan.kv_cache == 64 * planner.kv_nbytes_per_token(config, 4, compiled=True)
+
+
+def test_without_the_compiled_step_more_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = case_of("mixtral").pack(4)
+    with running(packed) as engine:
+        compiled = engine.plan
+    monkeypatch.setenv("GREENROOM_DECODE", "modules")
+    with running(packed) as engine:
+        assert engine.plan.kv_cache == 2 * compiled.kv_cache and engine.plan.working_set > compiled.working_set
+
+
 def test_an_interrupt_while_room_grows_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, values = torch.rand(2, 256, 8), torch.rand(2, 256, 8)
     half = kv.HalfKV(keys, values, None, forget=False)
@@ -839,10 +925,10 @@ def test_a_cache_that_may_be_rolled_back_is_left_alone(mixtral: Engine) -> None:
     """It keeps more than a window's positions while it records."""
     with torch.no_grad():
         past = mixtral.model(PROMPT, use_cache=True).past_key_values
-        layouts = mixtral.decode._parts.layouts
-        assert kv.adopt(past, layouts) is not None
+        parts = mixtral.decode._parts
+        assert parts is not None and kv.adopt(past, parts.layouts, parts.windows) is not None
         past.layers[1].record_past = True
-        assert kv.adopt(past, layouts) is None
+        assert kv.adopt(past, parts.layouts, parts.windows) is None
 
 
 def test_large_keys_are_bounded() -> None:
@@ -879,11 +965,11 @@ def test_every_instruction_set_decodes(name: str) -> None:
         for isa in core.available():
             assert core.choose(isa)
             with running(case_of(name).pack(16)) as engine:
-                assert distance(decoded(engine.model), by_modules(engine)) < TOLERANCE
+                assert distance(decoded(engine.model), by_modules(engine, rounded=True)) < TOLERANCE
                 got = read(engine, 13, ids=LONG[:, :31])
                 assert engine.decode.reason == "" and engine.decode.prompts == 3
                 with modules_only(engine):
-                    assert distance(got, read(engine, 13, ids=LONG[:, :31])) < PROMPT_TOLERANCE
+                    assert distance(got, read(engine, 13, ids=LONG[:, :31], rounded=True)) < PROMPT_TOLERANCE
     finally:
         core.choose(best)
 

@@ -9,10 +9,11 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig
 
 from greenroom.packed import PackedModel
 from greenroom.packing import pack
@@ -138,6 +139,69 @@ def test_the_limit_bites(model: PackedModel) -> None:
     ram = int(free["fixed"]) + (60 << 20)  # type: ignore[arg-type]
     with group(int(ram * 1.2)) as limited:
         assert run(model, limited, experts_per_layer=12).returncode == -signal.SIGKILL
+
+
+LONG = """
+import sys, threading, time, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from greenroom.config import EngineSettings
+from greenroom.engine import Engine
+from greenroom.metrics import process_memory
+from greenroom.packed import PackedModel
+from transformers import DynamicCache
+engine = Engine(PackedModel(Path(sys.argv[1])), EngineSettings(context=4096, experts_per_layer=4))
+if sys.argv[2] == "modules":
+    engine.decode.enabled = False
+found, cache = [], DynamicCache(config=engine.model.config)
+def look():
+    while True:
+        found.append(process_memory()["anonymous"])
+        time.sleep(0.002)
+threading.Thread(target=look, daemon=True).start()
+with torch.no_grad():
+    engine.model(torch.arange(4064)[None] % 500, past_key_values=cache, logits_to_keep=1)
+    for token in range(8):
+        engine.model(torch.tensor([[token]]), past_key_values=cache)
+print(max(*found, process_memory()["anonymous"]), engine.plan.total, engine.plan.kv_cache)
+engine.close()
+"""
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_a_long_conversation_keeps_its_plan(family: str, tmp_path: Path) -> None:
+    """A context filled to its end by a prompt, and tokens after it."""
+    shape = {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 8192,
+        "eos_token_id": None,
+    }
+    if family == "qwen3_moe":
+        config: Any = Qwen3MoeConfig(**shape, num_key_value_heads=8, head_dim=128, num_experts=4)
+    else:
+        latent = {"kv_lora_rank": 512, "q_lora_rank": 128, "qk_nope_head_dim": 64, "v_head_dim": 64}
+        config = DeepseekV3Config(
+            **shape, **latent, qk_rope_head_dim=64, n_routed_experts=4, n_group=1, topk_group=1, intermediate_size=512
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    packed = pack(tmp_path / "source", tmp_path / "packed", expert_bits=4, attention_bits=8)
+
+    def run(way: str) -> "list[int]":
+        command = [sys.executable, "-c", LONG, str(packed.folder), way]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return [int(number) for number in done.stdout.split()]
+
+    peak, total, kv_cache = run("compiled")
+    assert peak <= total and kv_cache > 50 << 20
+    peak, total, kv_cache = run("modules")
+    assert peak > total, "negative control: float32 shows"
 
 
 STREAM = """

@@ -204,7 +204,7 @@ def test_changed_modules_are_seen(packed4: PackedModel, change: str, length: int
         engine.decode.enabled = True
         for _ in range(2):
             got = engine.model(ids).logits
-            assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
+            assert torch.allclose(got, want, atol=5e-3 * float(want.abs().max()))
         assert not torch.allclose(before, want, atol=1e-2 * float(want.abs().max()))
         if length > 1 and change != "act_fn":
             assert (engine.decode.prompts == prompts + 2) == (change not in ("forward", "_apply_gate"))

@@ -1,6 +1,7 @@
 """Bytes in memory, and the one way to open and read files that fill them."""
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -17,9 +18,10 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs lag
 
 
-def allocate(nbytes: int) -> torch.Tensor:
-    """Zeroed memory, uint8 [nbytes], page-aligned, and in huge pages where the kernel has any: what is streamed through
-    every token then costs few misses of the address translation. Raises BudgetError where the system has none."""
+def allocate(nbytes: int, huge: bool = True) -> torch.Tensor:
+    """Zeroed memory, uint8 [nbytes], page-aligned. `huge`: in huge pages where the kernel has any, so that what is
+    streamed through every token costs few misses of the address translation; else in none, so that what was never
+    touched takes no memory. Raises BudgetError where the system has none."""
     try:
         mapping = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
@@ -27,8 +29,14 @@ def allocate(nbytes: int) -> torch.Tensor:
             f"the system gives this process no {format_bytes(nbytes)} more ({error.strerror}): give a smaller --ram"
         ) from error
     with contextlib.suppress(AttributeError, OSError):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+        mapping.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes)
+
+
+def give_back() -> None:
+    """What this process has freed goes back to the system, where the C library can do that."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def sent(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from greenroom import dropped, kernels, planner, seam, threads
+from greenroom.buffers import give_back
 from greenroom.cache import POLICIES, EvictionPolicy, ExpertCache, VictimCache
 from greenroom.cache.curve import MissRatioCurve
 from greenroom.config import EngineSettings
@@ -99,7 +100,8 @@ class Engine:
         config = seam.load_config(packed.folder)
         owed = sum(other.owed for other in _RUNNING)
         runtime = process_memory()["anonymous"] + owed
-        self.plan = planner.make_plan(
+        make_plan = functools.partial(
+            planner.make_plan,
             packed.manifest,
             config,
             settings,
@@ -109,22 +111,27 @@ class Engine:
             scores=seam.makes_scores(config),
             gains=history.gains() if history else None,
         )
+        self.plan = make_plan()
         self._history = history
+        rough = settings.activation_bits == 8
         self.model: Any = build(packed, config, dtype, self._serve)
+        self.decode = DecodeStep(self.model.base_model, rough)
+        self.decode.enabled = self.decode.enabled and self.device is None
+        if self.device is None and not (self.decode.enabled and not self.decode.prove()):
+            self.plan = make_plan(compiled=False)
+        give_back()  # what a proof has left
         self._store = store if store is not None else DiskStore(packed)
         undo.callback(self._store.close)
         self._shuffle = shuffle.shuffle if shuffle else None
         self.curve = MissRatioCurve(len(packed.manifest.experts))
         """LRU's hit rates for every number of slots, estimated while tokens are decoded"""
-        rough = settings.activation_bits == 8
         self._experts = functools.partial(kernels.experts, rough=rough)
         self.runner = self._on_cpu() if self.device is None else self._on_device(self.device, slots_kernel)
         undo.callback(self._transfer.close)
-        self.decode = DecodeStep(self.model.base_model, self.runner.token, self.runner, rough)
+        self.decode.served_by(self.runner.token, self.runner)
         self.steps: LayerSteps | None = None
         self.around: TokenModel | None = None
         if isinstance(self.runner, DeviceRunner) and self.device is not None:
-            self.decode.enabled = False
             names = [entry.module for entry in packed.manifest.experts]
             layers = seam.stacked_layers(self.model, names)
             self.steps = LayerSteps(layers, self.runner, self.device, self._shrink)

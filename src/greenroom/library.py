@@ -224,10 +224,7 @@ def start(model: "str | Path", folder: Path, settings: "EngineSettings") -> "Eng
     packed = PackedModel(folder)
     if is_demo(model):
         settings = with_demo_share(settings, packed.manifest)
-    engine = Engine(packed, settings, history=History(packed.manifest))
-    if engine.decode.enabled:
-        engine.decode.prove()  # now, rather than within the first answer's second token
-    return engine
+    return Engine(packed, settings, history=History(packed.manifest))
 
 
 def load(

@@ -16,6 +16,8 @@ from greenroom.sizes import format_bytes
 from greenroom.static_kv import most_room
 
 _KERNEL_NBYTES = 48 << 20  # dequantised tiles and their temporaries; see kernels.reference.TILE
+_SCRATCH_NBYTES = 24 << 20  # of compiled kernels, and what the heap has in pieces between activations
+_BATCH = 128  # rows of experts that compiled kernels take at a time; see native/compute.cpp
 _LARGE_RECORD = 8 << 20  # the pieces of one such record keep four readers busy
 _SPARE = 0.9  # without a budget: the share of free memory that greenroom takes at most
 
@@ -119,18 +121,21 @@ def make_plan(
     runtime: int,
     budget: "int | None",
     element_size: int,
+    compiled: bool = True,
     scores: bool = False,
     gains: "Sequence[Sequence[float]] | None" = None,
 ) -> Plan:
     """Plan memory for a packed model.
 
     `runtime`: bytes the process holds before any weight. `budget`: bytes of RAM for everything, or None.
-    `element_size`: bytes of one activation. `scores`: attention's modules make all of a prompt's scores at once, on a
+    `element_size`: bytes of one activation. `compiled`: the compiled decoder serves, where it may: float32 on the CPU;
+    it caches float16. `scores`: attention's modules make all of a prompt's scores at once, on a
     device (on the CPU it is compiled). `gains[l][n]`: the hit rate of layer l with n slots, by which a budget is
     divided; without it, and where slots are asked for per layer, all layers get as many. Raises BudgetError, saying
     what would do, where the budget cannot hold the fixed parts.
     """
-    plan = _plan(manifest, config, settings, runtime, budget, element_size)
+    compiled = compiled and settings.vram is None and element_size == 4
+    plan = _plan(manifest, config, settings, runtime, budget, element_size, compiled)
     if scores and settings.vram is not None:
         scores_nbytes = _scores_nbytes(config, settings, element_size)
         plan = dataclasses.replace(plan, working_set=plan.working_set + scores_nbytes)
@@ -160,7 +165,13 @@ def _plan_ram(plan: Plan, settings: EngineSettings, runtime: int, budget: "int |
 
 
 def _plan(
-    manifest: Manifest, config: Any, settings: EngineSettings, runtime: int, budget: "int | None", element_size: int
+    manifest: Manifest,
+    config: Any,
+    settings: EngineSettings,
+    runtime: int,
+    budget: "int | None",
+    element_size: int,
+    compiled: bool,
 ) -> Plan:
     """The fixed parts, in RAM or on the device, and no slots yet."""
     if settings.vram is not None:
@@ -168,14 +179,15 @@ def _plan(
         budget = settings.vram
     experts = tuple(entry.num_experts for entry in manifest.experts)
     record_nbytes = max(entry.record_nbytes for entry in manifest.experts)
-    dense, mapped = _dense_nbytes(manifest, element_size, compiled=settings.vram is None)
+    dense, mapped = _dense_nbytes(manifest, element_size, compiled)
     return Plan(
         budget=budget,
         runtime=runtime,
         dense=dense,
         mapped=mapped,
-        kv_cache=_kv_positions(settings) * kv_nbytes_per_token(config, element_size),
-        working_set=_working_set(manifest, config, min(settings.context, settings.prompt_chunk), element_size)
+        kv_cache=_kv_positions(settings) * kv_nbytes_per_token(config, element_size, compiled),
+        working_set=_working_set(manifest, config, min(settings.context, settings.prompt_chunk), element_size, compiled)
+        + settings.context * max(map(_expanded_width, _layers(config.get_text_config())), default=0) * element_size
         + _policy_nbytes(settings.policy, experts)
         + settings.reserve,
         staging=_staging(settings, record_nbytes) * record_nbytes,
@@ -276,38 +288,79 @@ def _kv_positions(settings: EngineSettings) -> int:
     return settings.context if settings.vram is None else settings.context + most_room(settings.context)
 
 
-def kv_nbytes_per_token(config: Any, element_size: int) -> int:
-    """Bytes of KV cache that one more token takes.
+def kv_nbytes_per_token(config: Any, element_size: int, compiled: bool) -> int:
+    """Bytes of KV cache that one more token takes, of numbers of `element_size` bytes, or as the compiled decoder holds
+    them.
 
     Sliding-window layers are counted as if they grew (a safe side's estimate), recurrent ones not at all.
     """
     config = config.get_text_config()
-    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    layers = _layers(config)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
     recurrent = [any(word in kind for word in ("linear", "mamba", "conv", "recurrent")) for kind in kinds]
+    widths = [_kv_width(layer, compiled) for layer in layers]
+    return (2 if compiled else element_size) * sum(
+        width for width, skip in zip(widths, recurrent, strict=False) if not skip
+    )
+
+
+def _layers(config: Any) -> "list[Any]":
+    """A text model's configuration for each of its layers."""
     if getattr(config, "is_heterogeneous", False):
-        widths = [_kv_width(layer) for layer in config.per_layer_config]
-    else:
-        widths = [_kv_width(config)] * layers
-    return element_size * sum(width for width, skip in zip(widths, recurrent, strict=False) if not skip)
+        return list(config.per_layer_config)
+    return [config] * int(getattr(config, "num_hidden_layers", 0) or 0)
 
 
-def _kv_width(config: Any) -> int:
+def _kv_width(config: Any, compiled: bool) -> int:
     """Numbers that one layer caches for one token."""
     heads = int(getattr(config, "num_attention_heads", 1) or 1)
-    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention: transformers caches it expanded
-        return heads * int(config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    if rank := int(getattr(config, "kv_lora_rank", None) or 0):  # multi-head latent attention caches latents
+        indexed = int(getattr(config, "index_head_dim", None) or 0)  # DeepSeek-V3.2's second, small attention
+        return rank * (2 if compiled else 1) + int(config.qk_rope_head_dim) + indexed
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     return 2 * kv_heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
-def _working_set(manifest: Manifest, config: Any, tokens: int, element_size: int) -> int:
-    """Activations of `tokens` of a prompt, logits, and dequantised tiles."""
+def _expanded_width(config: Any) -> int:
+    """Numbers of one position that latent attention expands for all heads while one layer reads a prompt: what the
+    up-projection makes, keys with their rotated part, and values."""
+    if not getattr(config, "kv_lora_rank", None):
+        return 0
+    nope, rope, value = (int(getattr(config, f"{name}_head_dim")) for name in ("qk_nope", "qk_rope", "v"))
+    return int(config.num_attention_heads) * (2 * nope + rope + 2 * value)
+
+
+def _working_set(manifest: Manifest, config: Any, tokens: int, element_size: int, compiled: bool) -> int:
+    """Activations of `tokens` of a prompt, logits, and what kernels need."""
     text = config.get_text_config()
     hidden, vocab = int(text.hidden_size), int(text.vocab_size)
     wide = max(tensor.rows for entry in manifest.experts for tensor in entry.tensors)
-    activations = tokens * (12 * hidden + 3 * wide) * element_size
-    return _KERNEL_NBYTES + activations + 4 * vocab * 4
+    logits = 4 * vocab * 4
+    if not compiled or _has_16_bits(manifest):  # torch multiplies many vectors with those
+        return _KERNEL_NBYTES + tokens * (12 * hidden + 3 * wide) * element_size + logits
+    widest = max((entry.rows for entry in manifest.linears if entry.rows != vocab), default=hidden)
+    outputs = experts_per_token(config) * hidden
+    activations = tokens * (4 * hidden + outputs + 2 * widest) + _BATCH * 3 * wide
+    return _SCRATCH_NBYTES + activations * element_size + logits
+
+
+def experts_per_token(config: Any) -> int:
+    """top-k of the router, under any of the names configurations give it."""
+    text = config.get_text_config()
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k"):
+        value = getattr(text, name, None)
+        if isinstance(value, list | tuple):
+            value = max(value)
+        if isinstance(value, int):
+            return value
+    return 2
+
+
+def _has_16_bits(manifest: Manifest) -> bool:
+    matrices = (tensor for entry in manifest.experts for tensor in entry.tensors[:2])  # then biases, of 16 bits always
+    return any(tensor.format.bits == 16 for tensor in matrices) or any(
+        entry.format.bits == 16 for entry in manifest.linears
+    )
 
 
 def _scores_nbytes(config: Any, settings: EngineSettings, element_size: int) -> int:

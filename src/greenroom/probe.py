@@ -14,7 +14,7 @@ from greenroom import kernels
 from greenroom.buffers import open_direct
 from greenroom.machine import median_s
 from greenroom.packed import ExpertsEntry, Manifest
-from greenroom.planner import Plan
+from greenroom.planner import Plan, experts_per_token
 
 _READ_NBYTES = 2 << 20
 _READERS = 4
@@ -34,18 +34,6 @@ def predict(plan: Plan, manifest: Manifest, config: Any, rates: "dict[str, float
     touched = sum(min(top_k, entry.num_experts) * entry.record_nbytes for entry in manifest.experts)
     compute_s = (touched + plan.dense) / rates["kernel_bytes_per_s"]
     return 1 / (compute_s + touched * (1 - hit_rate) / rates["disk_bytes_per_s"])
-
-
-def experts_per_token(config: Any) -> int:
-    """top-k of the router, under any of the names configurations give it."""
-    text = config.get_text_config()
-    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k"):
-        value = getattr(text, name, None)
-        if isinstance(value, list | tuple):
-            value = max(value)
-        if isinstance(value, int):
-            return value
-    return 2
 
 
 def kernel_bandwidth(entry: ExpertsEntry) -> float:

@@ -55,6 +55,10 @@ class DecoderParts:
         """Their rotary embedding."""
         return Turn(self.rotary, positions, self.width, self.rotary_size)
 
+    def no_kv(self, index: int) -> kv.HalfKV:
+        """What a layer holds of no positions."""
+        return kv.HalfKV(*self.layouts[index].empty(), self.windows[index], forget=False)
+
     def takes(self, tokens: int) -> bool:
         """Whether the compiled kernels are the faster ones for so many tokens."""
         return all(shape.takes(tokens) for shape in self.shapes)

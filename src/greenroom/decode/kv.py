@@ -1,8 +1,9 @@
 """Cached keys and values as the compiled attention reads them, inside transformers' own cache.
 
-A layer of a `DynamicCache` is replaced by one that holds float16 in the compiled layout. Whatever else asks for its
-`keys` and `values` gets tensors of the model's dtype back, and the layer is an ordinary one again until the next
-compiled step: generation, cropping and beam search keep their semantics because their code is transformers'.
+A layer of a `DynamicCache` is replaced by one that holds float16 in the compiled layout, whoever computes: what the
+modules add to one sequence is rounded, too. Whatever else asks for its `keys` and `values` gets tensors of the model's
+dtype back, and the layer is an ordinary one again until the next compiled step: generation, cropping and beam search
+keep their semantics because their code is transformers'.
 """
 
 import math
@@ -13,9 +14,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from greenroom.buffers import allocate
 from greenroom.kernels import native
+from greenroom.static_kv import lasting
 
 _MIN_CAPACITY = 256
 """Positions."""
+_EMPTY = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class Layout(Protocol):
@@ -82,15 +85,16 @@ class HalfKV:
     """Keys [heads, blocks, key_dim, BLOCK] and values [heads, capacity, value_dim] in float16, grown as needed.
 
     `length` positions are held, the ones from `first` on are visible to the next token; with `forget` the others may
-    go.
+    go. What there is room for beyond `length` takes no memory.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, window: "int | None", forget: bool) -> None:
         """From keys [heads, n, key_dim] and values [heads, n, value_dim]."""
-        self.window, self.length, self._forget = window, 0, forget
-        self._keys = torch.empty(keys.shape[0], 0, keys.shape[2], native.BLOCK, dtype=torch.float16)
-        self._values = torch.empty(values.shape[0], 0, values.shape[2], dtype=torch.float16)
-        self._hold(keys, values)
+        self.window, self._forget = window, forget
+        heads, length, key_dim = keys.shape
+        self._keys, self._values = _room(heads, length, key_dim, values.shape[2])
+        _put(self._keys, self._values, 0, keys, values)
+        self.length = length
 
     @property
     def capacity(self) -> int:
@@ -102,37 +106,65 @@ class HalfKV:
         """The first position that the next token sees; a window counts the token itself."""
         return 0 if self.window is None else max(self.length + 1 - self.window, 0)
 
-    def addresses(self) -> "tuple[int, int]":
-        """Of keys and values, with room for one more position."""
-        if self.length == self.capacity:
-            self._hold(*self.pair())
+    def addresses(self, more: int = 1) -> "tuple[int, int]":
+        """Of keys and values, with room for `more` positions."""
+        if self.length + more > self.capacity:
+            self._grow(more)
         return self._keys.data_ptr(), self._values.data_ptr()
 
-    def pair(self) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Keys [heads, n, key_dim] and values [heads, n, value_dim] in float16: all that is remembered."""
-        remembered = slice(self.first if self._forget else 0, self.length)
-        return self._keys.transpose(2, 3).flatten(1, 2)[:, remembered], self._values[:, remembered]
+    def pair(self, first: "int | None" = None) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Keys [heads, n, key_dim] and values [heads, n, value_dim] in float16: all that is remembered, or all from
+        `first` on."""
+        if first is None:
+            first = self.first if self._forget else 0
+        return self._keys.transpose(2, 3).flatten(1, 2)[:, first : self.length], self._values[:, first : self.length]
 
-    def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        heads, length, key_dim = keys.shape
-        blocks = -(-max(_MIN_CAPACITY, length + length // 2 + 1) // native.BLOCK)
-        all_keys = _halves(heads, blocks, key_dim, native.BLOCK)
-        all_values = _halves(heads, blocks * native.BLOCK, values.shape[2])
-        largest = torch.finfo(torch.float16).max
-        by_position = all_keys.transpose(2, 3)
-        full = length // native.BLOCK
-        clamped = keys.clamp(-largest, largest)
-        by_position[:, :full] = (
-            clamped[:, : full * native.BLOCK].reshape(heads, full, native.BLOCK, key_dim) if full else 0
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Put keys [heads, n, key_dim] and values [heads, n, value_dim] behind those before; gives what is visible to
+        the first of them and after, as `pair` does."""
+        self.addresses(keys.shape[1])
+        first = self.first if self._forget else 0
+        _put(self._keys, self._values, self.length, keys, values)
+        self.length += keys.shape[1]
+        return self.pair(first)
+
+    def _grow(self, more: int) -> None:
+        """Room for `more` positions behind what is remembered."""
+        first = self.first if self._forget else 0
+        length = self.length - first
+        all_keys, all_values = _room(
+            self._keys.shape[0], length + max(length // 2, more), self._keys.shape[2], self._values.shape[2]
         )
-        by_position[:, full, : length - full * native.BLOCK] = clamped[:, full * native.BLOCK :]
-        all_values[:, :length] = values.clamp(-largest, largest)
+        if first:
+            _put(all_keys, all_values, 0, *self.pair())
+        else:  # as they lie: a copy in between would be as large as all of them
+            blocks = -(-length // native.BLOCK)
+            all_keys[:, :blocks] = self._keys[:, :blocks]
+            all_values[:, :length] = self._values[:, :length]
         # together and last: whoever is interrupted before, by a key or for lack of memory, keeps what there was
         self._keys, self._values, self.length = all_keys, all_values, length
 
 
+def _room(heads: int, positions: int, key_dim: int, value_dim: int) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Keys and values of at least so many positions, all 0."""
+    blocks = -(-max(_MIN_CAPACITY, positions) // native.BLOCK)
+    return _halves(heads, blocks, key_dim, native.BLOCK), _halves(heads, blocks * native.BLOCK, value_dim)
+
+
+def _put(
+    all_keys: torch.Tensor, all_values: torch.Tensor, start: int, keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Keys and values from position `start` on, rounded to float16, what is larger to its largest number."""
+    largest = torch.finfo(torch.float16).max
+    positions = torch.arange(start, start + keys.shape[1])
+    blocks, lanes = positions // native.BLOCK, positions % native.BLOCK
+    all_keys.transpose(2, 3)[:, blocks, lanes] = keys.clamp(-largest, largest).to(torch.float16)
+    all_values[:, positions] = values.clamp(-largest, largest).to(torch.float16)
+
+
 def _halves(*shape: int) -> torch.Tensor:
-    return allocate(2 * math.prod(shape)).view(torch.float16).view(shape)
+    with lasting():
+        return allocate(2 * math.prod(shape), huge=False).view(torch.float16).view(shape)
 
 
 class _HalfLayer:
@@ -142,6 +174,8 @@ class _HalfLayer:
     _plain: "tuple[torch.Tensor | None, torch.Tensor | None]" = (None, None)
     _layout: Layout
     dtype: torch.dtype
+    device: torch.device
+    is_initialized: bool
     is_sliding: bool
 
     @property
@@ -164,19 +198,53 @@ class _HalfLayer:
 
     def _tensors(self) -> "tuple[torch.Tensor | None, torch.Tensor | None]":
         if self._half is not None:
-            keys, values = self._layout.from_pair(*self._half.pair())
-            self._plain, self._half = (keys.to(self.dtype), values.to(self.dtype)), None
+            plain = _EMPTY, _EMPTY  # of no sequence yet, so that any number may follow
+            if self._half.length:
+                plain = self._as_transformers(self._half.pair())
+            self._plain, self._half = plain, None
         return self._plain
 
-    def half(self, window: "int | None") -> "HalfKV | None":
-        """The layer in float16, or None where it holds nothing or more than one sequence."""
+    def _as_transformers(self, pair: "tuple[torch.Tensor, torch.Tensor]") -> "tuple[torch.Tensor, torch.Tensor]":
+        keys, values = self._layout.from_pair(*pair)
+        return keys.to(self.dtype), values.to(self.dtype)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """As the layer that this stands in for, but for what is rounded: the modules put more positions."""
+        if self._half is None or key_states.shape[0] != 1 or getattr(self, "record_past", False):
+            updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+            return updated
+        visible = self._half.append(*self._layout.to_pair(key_states, value_states))
+        self._count(key_states.shape[2])
+        return self._as_transformers(visible)
+
+    def _count(self, more: int) -> None:
+        """`more` positions were put."""
+
+    def put(self, count: int = 1) -> None:
+        """The compiled step has put `count` more positions."""
+        assert self._half is not None
+        self._half.length += count
+        self._count(count)
+
+    def half(self, window: "int | None") -> HalfKV:
+        """The layer in float16; to be called where it holds at most one sequence."""
         if self._half is None:
             keys, values = self._plain
-            if keys is None or values is None or keys.ndim != 4 or keys.shape[0] != 1:
-                return None
-            self._half = HalfKV(*self._layout.to_pair(keys, values), window, forget=self.is_sliding)
+            if keys is None or values is None or not keys.numel():
+                self.dtype, self.device, self.is_initialized = torch.float32, torch.device("cpu"), True
+                pair = self._layout.empty()
+            else:
+                pair = self._layout.to_pair(keys, values)
+            self._half = HalfKV(*pair, window, forget=self.is_sliding)
             self._plain = (None, None)
         return self._half
+
+    @property
+    def is_of_one(self) -> bool:
+        """Whether it holds one sequence, or nothing yet."""
+        return self._half is not None or _is_of_one(self._plain[0])
 
 
 class HalfDynamicLayer(_HalfLayer, DynamicLayer):  # type: ignore[misc]  # transformers has no types
@@ -186,50 +254,47 @@ class HalfDynamicLayer(_HalfLayer, DynamicLayer):  # type: ignore[misc]  # trans
         """Positions held."""
         return int(super().get_seq_length()) if self._half is None else self._half.length
 
-    def put(self) -> None:
-        """The compiled step has put one more position."""
-        assert self._half is not None
-        self._half.length += 1
-
 
 class HalfSlidingLayer(_HalfLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """A DynamicSlidingWindowLayer that can hold float16 in the compiled layout."""
 
-    def put(self) -> None:
-        """The compiled step has put one more position."""
-        assert self._half is not None
-        self._half.length += 1
-        self.cumulative_length += 1
+    def _count(self, more: int) -> None:
+        self.cumulative_length += more
 
 
 HalfLayer = HalfDynamicLayer | HalfSlidingLayer
 _CLASSES: "dict[type, Any]" = {DynamicLayer: HalfDynamicLayer, DynamicSlidingWindowLayer: HalfSlidingLayer}
 
 
-def is_plain(cache: Any) -> bool:
-    """Whether `cache` is one of keys and values alone, of at most one sequence."""
+def adopt(cache: Any, layouts: "list[Layout]", windows: "list[int | None]") -> "list[tuple[HalfLayer, HalfKV]] | None":
+    """The layers of `cache`, each made one that holds float16, and what they hold; None where it is not a plain cache
+    of at most one sequence."""
     if type(cache) is not DynamicCache or cache.offloading:
-        return False
-    known = all(type(layer) in _CLASSES or isinstance(layer, _HalfLayer) for layer in cache.layers)
-    return known and all(not layer.is_initialized or layer.keys.shape[0] == 1 for layer in cache.layers)
-
-
-def adopt(cache: Any, layouts: "list[Layout]") -> "list[HalfLayer] | None":
-    """The layers of `cache`, each made one that holds float16; None where it is not a plain cache of one sequence."""
-    if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != len(layouts):
         return None
-    if any(getattr(layer, "record_past", False) for layer in cache.layers):
-        return None
-    if all(isinstance(layer, _HalfLayer) for layer in cache.layers):
-        return list(cache.layers)
-    if any(type(layer) not in _CLASSES or not layer.is_initialized for layer in cache.layers):
+    while len(cache.layers) < len(layouts) and cache.layer_class_to_replicate in _CLASSES:
+        cache.layers.append(cache.layer_class_to_replicate())
+    if len(cache.layers) != len(layouts) or not all(map(_is_plain, cache.layers)):
         return None
     for index, (layer, layout) in enumerate(zip(cache.layers, layouts, strict=True)):
-        state = dict(vars(layer))
-        plain = (state.pop("keys"), state.pop("values"))
-        if plain[0].ndim != 4 or plain[0].shape[0] != 1:
-            return None
-        new = object.__new__(_CLASSES[type(layer)])
-        new.__dict__.update(state, _plain=plain, _layout=layout)
-        cache.layers[index] = new
-    return list(cache.layers)
+        if not isinstance(layer, _HalfLayer):
+            cache.layers[index] = _half_layer(layer, layout)
+    return [(layer, layer.half(window)) for layer, window in zip(cache.layers, windows, strict=True)]
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether it holds keys and values alone, of at most one sequence, and forgets what it may."""
+    if getattr(layer, "record_past", False):
+        return False
+    return layer.is_of_one if isinstance(layer, _HalfLayer) else type(layer) in _CLASSES and _is_of_one(layer.keys)
+
+
+def _is_of_one(keys: "torch.Tensor | None") -> bool:
+    return keys is None or keys.numel() == 0 or (keys.ndim == 4 and keys.shape[0] == 1)
+
+
+def _half_layer(layer: Any, layout: Layout) -> HalfLayer:
+    state = dict(vars(layer))
+    plain = (state.pop("keys"), state.pop("values"))
+    new: HalfLayer = object.__new__(_CLASSES[type(layer)])
+    new.__dict__.update(state, _plain=plain, _layout=layout)
+    return new

@@ -1,19 +1,12 @@
-"""Many tokens of one sequence through the compiled layers, in float32 like the modules.
+"""Many tokens of one sequence through the compiled layers, in float32 like the modules but for what is cached."""
 
-Keys and values stay in transformers' own cache, by way of its own `update`.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from greenroom.decode.describe import DecoderParts, Turn
+from greenroom.decode.kv import HalfKV
 from greenroom.threads import count
-
-Extend = Callable[[int, torch.Tensor, torch.Tensor], "tuple[torch.Tensor, torch.Tensor]"]
-"""(layer, the tokens' keys, their values) → those of all positions that the tokens may see, theirs the last; each
-[1, heads, n, dim] as transformers calls them"""
 
 
 class Prompt:
@@ -33,23 +26,19 @@ class Prompt:
             rough,
         )
 
-    def layer(self, index: int, extend: Extend) -> None:
-        """`hidden` through one layer; its experts are served as the module's are."""
+    def layer(self, index: int, half: HalfKV) -> None:
+        """`hidden` through one layer, the tokens' keys and values behind those of `half`, which does not count them
+        yet; its experts are served as the module's are."""
         parts, compiled, tokens = self._parts, self._compiled, len(self.hidden)
-        empty = parts.layouts[index].from_pair(*parts.layouts[index].empty())
-        keys, values = (one.new_empty(1, one.shape[1], tokens, one.shape[3]) for one in empty)
-        compiled.project(index, keys.data_ptr(), values.data_ptr(), count())
-        keys, values = (one.contiguous() for one in extend(index, keys, values))
-        module, window = parts.moe[index], parts.windows[index] or 0
-        top_k = 0 if module is None else parts.described[index].router.top_k
-        weights = empty[0].new_empty(tokens, top_k)
+        module = parts.moe[index]
+        weights = self.hidden.new_empty(tokens, 0 if module is None else parts.described[index].router.top_k)
         experts = torch.empty_like(weights, dtype=torch.int64)
         compiled.attend(
             index,
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.shape[2],
-            window,
+            *half.addresses(tokens),
+            half.capacity,
+            half.length,
+            half.window or 0,
             experts.data_ptr(),
             weights.data_ptr(),
             count(),

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from greenroom.decode import kv
 from greenroom.decode.describe import DecoderParts
 
 TOKENS = 4
@@ -20,8 +19,6 @@ FAR_TOKENS = 2
 """As many more at the end of the context: attention may depend on positions otherwise than by their distance."""
 TOLERANCE = 5e-3
 """Of what a layer adds, root mean square: float16 keys and values give 1e-3 at most, a wrong formula 0.1 and more."""
-PROMPT_TOLERANCE = 1e-3
-"""The same for tokens together, whose keys and values stay float32."""
 
 
 def disagreement(step: Any, base: Any, parts: DecoderParts) -> str:
@@ -48,16 +45,14 @@ def _layers_differ(
     outputs: "list[list[torch.Tensor]]",
 ) -> str:
     for index, (given, made) in enumerate(zip(inputs, outputs, strict=True)):
-        for found, tolerance in (
-            (_one_by_one(step, parts, index, positions, given), TOLERANCE),
-            (_together(step, parts, index, positions, given), PROMPT_TOLERANCE),
-        ):
+        for go in (_one_by_one, _together):
+            found = go(step, parts, index, positions, given)
             errors = [
                 float((got - out).norm() / (out - before).norm().clamp_min(1e-12))
                 for got, out, before in zip(found, made, given, strict=True)
             ]
             # one token's router may stand between two experts, and fall to either side
-            if not sorted(errors)[len(errors) // 2] < tolerance:
+            if not sorted(errors)[len(errors) // 2] < TOLERANCE:
                 name = type(parts.layers[index]).__name__
                 return f"layer {index} ({name}) differs from its module by {max(errors):.1g}"
     return ""
@@ -66,7 +61,7 @@ def _layers_differ(
 def _one_by_one(
     step: Any, parts: DecoderParts, index: int, positions: range, inputs: "list[torch.Tensor]"
 ) -> "list[torch.Tensor]":
-    half, found = _empty(parts, index), []
+    half, found = parts.no_kv(index), []
     for position, given in zip(positions, inputs, strict=True):
         step.hidden.copy_(given)
         step.layer(index, half, parts.turn([position]), _stand_in_token)
@@ -79,18 +74,14 @@ def _together(
     step: Any, parts: DecoderParts, index: int, positions: range, inputs: "list[torch.Tensor]"
 ) -> "list[torch.Tensor]":
     """As a prompt of all tokens but one, and one of the last, which sees the first through a cache."""
-    cache, found, module = DynamicCache(), [], parts.moe[index]
-    with _standing_in([module]):
+    half, found = parts.no_kv(index), []
+    with _standing_in([parts.moe[index]]):
         for part in (slice(-1), slice(-1, None)):
             prompt = step.prompt(torch.stack(inputs[part]), list(positions[part]))
-            prompt.layer(index, lambda _, keys, values: cache.update(keys, values, 0))
+            prompt.layer(index, half)
+            half.length += len(prompt.hidden)
             found += list(prompt.hidden)
     return found
-
-
-def _empty(parts: DecoderParts, index: int) -> kv.HalfKV:
-    keys, values = parts.layouts[index].empty()
-    return kv.HalfKV(keys, values, parts.windows[index], forget=False)
 
 
 @torch.no_grad()

@@ -90,12 +90,15 @@ class Residents(Protocol):
 class DecodeStep:
     """`base.forward` with a fast way for the next tokens of one sequence.
 
-    `reason` says why the fast way is not taken, in words; empty while it is. It is described and proved at the first
-    token that could take it. `rough`: see `kernels.native.experts`; here for a prompt's projections.
+    `reason` says why the fast way is not taken, in words; empty while it is. It is described and proved when asked, or
+    at the first token that could take it. `rough`: see `kernels.native.experts`; here for a prompt's projections.
     """
 
-    def __init__(self, base: Any, serve: ServeToken, residents: "Residents | None" = None, rough: bool = False) -> None:
-        self._base, self._serve, self._residents, self._rough = base, serve, residents, rough
+    _serve: ServeToken
+    _residents: "Residents | None" = None
+
+    def __init__(self, base: Any, rough: bool = False) -> None:
+        self._base, self._rough = base, rough
         self._modules_forward = base.forward
         self._hooks = Hooks(base)
         self._parts: DecoderParts | None = None
@@ -110,6 +113,10 @@ class DecodeStep:
         """calls of several that did"""
         self.forget()
         base.forward = self.forward
+
+    def served_by(self, serve: ServeToken, residents: "Residents | None" = None) -> None:
+        """Who computes experts from now on; to be told before the first token."""
+        self._serve, self._residents = serve, residents
 
     def __str__(self) -> str:
         """For people: what decodes single tokens."""
@@ -188,21 +195,18 @@ class DecodeStep:
     ) -> Any:
         """One token; None where it is not the next one of a plain cache."""
         assert self._parts is not None
-        layers = None if use_cache is False else kv.adopt(past_key_values, self._parts.layouts)
-        if layers is None:
+        if use_cache is False or not isinstance(past_key_values, DynamicCache):
             return None
         position = past_key_values.get_seq_length()
         if not self._serves([position], attention_mask, position_ids):
             return None
-        halves = []
-        for layer, window in zip(layers, self._parts.windows, strict=True):
-            if (half := layer.half(window)) is None:
-                return None
-            halves.append(half)
+        held = kv.adopt(past_key_values, self._parts.layouts, self._parts.windows)
+        if held is None:
+            return None
         self._hidden.copy_(self._parts.embed(input_ids)[0])
         turn = self._parts.turn([position])
-        self._layers(halves, turn)
-        for layer in layers:  # together, so that an interrupt has no time to come between
+        self._layers([half for _layer, half in held], turn)
+        for layer, _half in held:  # together, so that an interrupt has no time to come between
             layer.put()
         self._decoder.finish(self._parts.final_norm)
         self.steps += 1
@@ -222,15 +226,20 @@ class DecodeStep:
         cache = past_key_values
         if cache is None and (self._base.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self._base.config)
-        if not self._parts.takes(input_ids.shape[1]) or not (cache is None or kv.is_plain(cache)):
+        if not (cache is None or isinstance(cache, DynamicCache)):
             return None
         first = 0 if cache is None else cache.get_seq_length()
         positions = list(range(first, first + input_ids.shape[1]))
         if not self._serves(positions, attention_mask, position_ids):
             return None
+        held = None if cache is None else kv.adopt(cache, self._parts.layouts, self._parts.windows)
+        if (cache is not None and held is None) or not self._parts.takes(input_ids.shape[1]):
+            return None  # what the modules put into an adopted cache is held in float16, too
         prompt = self.prompt(self._parts.embed(input_ids)[0], positions)
         for index in range(len(self._parts.layers)):
-            prompt.layer(index, _own if cache is None else lambda i, keys, values: cache.update(keys, values, i))
+            prompt.layer(index, self._parts.no_kv(index) if held is None else held[index][1])
+        for layer, _half in held or []:  # together, as in `_step`
+            layer.put(len(positions))
         self.prompts += 1
         return MoeModelOutputWithPast(last_hidden_state=self._parts.norm(prompt.hidden)[None], past_key_values=cache)
 
@@ -342,11 +351,6 @@ class DecodeStep:
     def hidden(self) -> torch.Tensor:
         """The residual stream [1, H] between layers: what `layer` reads and writes."""
         return self._hidden
-
-
-def _own(layer: int, keys: torch.Tensor, values: torch.Tensor) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Without a cache, tokens see each other alone."""
-    return keys, values
 
 
 def _sees_all(mask: Any, length: int) -> bool:
