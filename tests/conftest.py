@@ -28,6 +28,14 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[None]":
+    """What runs learn of models does not go to the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GREENROOM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Mixtral of 3 layers of 6 experts, every weight exact in bfloat16."""
