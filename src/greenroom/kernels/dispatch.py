@@ -23,7 +23,7 @@ def experts(
 ) -> "list[torch.Tensor]":
     """An `ExpertsKernel`: what the compiled kernels take in one call, the others by the reference. `rough`: see
     `native.experts`."""
-    taken = [native.takes(x, task, layout) for task in tasks]
+    taken = native.taken(x, tasks, layout)
     if all(taken) and tasks:
         return native.experts(x, tasks, layout, activation, rough)
     if not any(taken):

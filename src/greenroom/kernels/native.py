@@ -91,15 +91,17 @@ def experts_s() -> float:
     return _native.experts_s() if _native else 0.0
 
 
-def takes(x: torch.Tensor, task: ExpertTask, layout: "Sequence[RecordTensor]") -> bool:
-    """Whether `experts` computes this task."""
-    return (
-        extension() is not None
-        and _is_plain(x)
-        and _is_bytes(task.record)
-        and task.rows.is_contiguous()
-        and all(shape(t.rows, t.cols, t.format).takes(task.rows.shape[0]) for t in layout[:2])
-    )
+def taken(x: torch.Tensor, tasks: "Sequence[ExpertTask]", layout: "Sequence[RecordTensor]") -> "list[bool]":
+    """Which tasks `experts` computes."""
+    if extension() is None or not _is_plain(x):
+        return [False] * len(tasks)
+    shapes = [shape(tensor.rows, tensor.cols, tensor.format) for tensor in layout[:2]]
+    counts = [task.rows.shape[0] for task in tasks]
+    takes = {count: all(its.takes(count) for its in shapes) for count in set(counts)}
+    return [
+        takes[count] and _is_bytes(task.record) and task.rows.is_contiguous()
+        for count, task in zip(counts, tasks, strict=True)
+    ]
 
 
 def experts(
