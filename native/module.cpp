@@ -109,6 +109,7 @@ ExpertLayout layout_of(const Shape& first, std::int64_t first_offset, const Shap
 void bind_decoder(nb::module_& module);  // decode_module.cpp
 
 NB_MODULE(_native, module) {
+    nb::set_leak_warnings(false);  // a thread that outlives the interpreter keeps what it holds
     nb::class_<Shape>(module, "Shape").def("takes", &takes);
     nb::class_<Gate>(module, "Gate");
     nb::class_<ExpertLayout>(module, "ExpertLayout");

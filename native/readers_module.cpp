@@ -77,6 +77,7 @@ private:
 }  // namespace
 
 NB_MODULE(_readers, module) {
+    nb::set_leak_warnings(false);  // a thread that outlives the interpreter keeps what it holds
     module.attr("ENDED") = kEnded;
     module.attr("DIFFERS") = kDiffers;
     nb::class_<OverMemory>(module, "Readers")

@@ -346,6 +346,7 @@ private:
 }  // namespace
 
 NB_MODULE(_replay, module) {
+    nb::set_leak_warnings(false);  // a thread that outlives the interpreter keeps what it holds
     using List = std::vector<double>;
     nb::class_<Learned>(module, "Learned")
         .def("__init__",
