@@ -25,8 +25,8 @@ from greenroom.packed import PackedModel
 
 READAHEAD_NBYTES = 128 << 10
 """llama.cpp reads missing weights by page faults; of the settings tried this one made it fastest, by up to 10 times."""
-RAM_SHARE = 0.9
-"""greenroom's --ram under a limit: it takes as much of what is free where it is not told."""
+RAM_SHARE = 0.95
+"""greenroom's --ram under a limit, which counts what libraries have mapped, too; llama.cpp has all of it."""
 _BESIDE = Path(__file__).parent
 _WARM = 32
 
