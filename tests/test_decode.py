@@ -628,6 +628,7 @@ def test_a_decoder_that_raises_is_left_to_its_modules(monkeypatch: pytest.Monkey
         engine.decode.forget()
         assert torch.equal(decoded(engine.model), want)
         assert engine.decode.reason == "AttributeError: no such thing"
+        assert engine.decode._parts is None and engine.decode._decoder is None, "weights are held once more"
 
 
 def test_an_interrupted_proof_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -834,9 +835,10 @@ def test_half_kv_holds_what_it_was_given(
     pieces=st.lists(st.integers(1, 90), min_size=1, max_size=6),
     window=st.one_of(st.none(), st.integers(2, 40)),
     named=st.booleans(),
+    crop=st.integers(0, 9),
 )
 def test_what_modules_put_into_half_layers_is_what_they_see(
-    pieces: "list[int]", window: "int | None", named: bool
+    pieces: "list[int]", window: "int | None", named: bool, crop: int
 ) -> None:
     """As in transformers' own layers, but for the rounding; the same counts, masks and tensors afterwards."""
     kind = "sliding_attention" if window else "full_attention"
@@ -852,6 +854,10 @@ def test_what_modules_put_into_half_layers_is_what_they_see(
         ]
         for one, other in zip(halves.update(*states, 0), own.update(*states, 0), strict=True):
             assert one.dtype == torch.float32 and torch.equal(one, other)
+        if crop and (window is None or own.get_seq_length() < window):
+            for cache in (halves, own):
+                cache.crop(-min(crop, count))
+        assert halves.layers[0]._half is not None, "it stays in float16"
         assert halves.get_seq_length() == own.get_seq_length()
         assert halves.get_mask_sizes(3, 0) == own.get_mask_sizes(3, 0)
     exact = torch.randn(1, 2, 5, 8, generator=generator)
@@ -872,6 +878,27 @@ def test_an_empty_half_layer_takes_any_number_of_sequences() -> None:
         keys, values = cache.update(states, -states, 0)
         assert torch.equal(keys, states) and torch.equal(values, -states)
         assert kv.adopt(cache, [kv.Grouped(2, 8)], [None]) is None, "three sequences"
+
+
+def test_gradients_pass_through_a_cache_that_was_adopted() -> None:
+    cache = DynamicCache()
+    assert kv.adopt(cache, [kv.Grouped(2, 8)], [None]) is not None
+    with torch.no_grad():
+        cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
+    states = torch.rand(1, 2, 4, 8, requires_grad=True)
+    keys, values = cache.update(states, states, 0)
+    (1e-9 * (keys + values)).sum().backward()
+    assert states.grad is not None and torch.allclose(states.grad, torch.full_like(states, 2e-9)), "float16 has no such"
+
+
+def test_layers_of_different_lengths_are_left_to_the_modules() -> None:
+    """As an interrupt between two of the modules' layers leaves them."""
+    cache, layouts = DynamicCache(), [kv.Grouped(2, 8)] * 2
+    assert kv.adopt(cache, layouts, [None, None]) is not None
+    cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
+    assert kv.adopt(cache, layouts, [None, None]) is None
+    cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 1)
+    assert kv.adopt(cache, layouts, [None, None]) is not None
 
 
 @pytest.mark.parametrize("name", NAMED + OTHERS)

@@ -163,14 +163,17 @@ with torch.no_grad():
     engine.model(torch.arange(4064)[None] % 500, past_key_values=cache, logits_to_keep=1)
     for token in range(8):
         engine.model(torch.tensor([[token]]), past_key_values=cache)
+    cache.crop(-20)
+    engine.model(torch.arange(20)[None], past_key_values=cache)
 print(max(*found, process_memory()["anonymous"]), engine.plan.total, engine.plan.kv_cache)
 engine.close()
 """
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_a_long_conversation_keeps_its_plan(family: str, tmp_path: Path) -> None:
-    """A context filled to its end by a prompt, and tokens after it."""
+@pytest.mark.parametrize(("family", "bits"), [("qwen3_moe", 8), ("qwen3_moe", 16), ("deepseek_v3", 8)])
+def test_a_long_conversation_keeps_its_plan(family: str, bits: int, tmp_path: Path) -> None:
+    """A context filled to its end by a prompt, tokens after it, and some of both taken back. At 16 bits the modules
+    read the prompt."""
     shape = {
         "vocab_size": 512,
         "hidden_size": 256,
@@ -191,7 +194,7 @@ def test_a_long_conversation_keeps_its_plan(family: str, tmp_path: Path) -> None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
-    packed = pack(tmp_path / "source", tmp_path / "packed", expert_bits=4, attention_bits=8)
+    packed = pack(tmp_path / "source", tmp_path / "packed", expert_bits=4, attention_bits=bits)
 
     def run(way: str) -> "list[int]":
         command = [sys.executable, "-c", LONG, str(packed.folder), way]
@@ -200,8 +203,9 @@ def test_a_long_conversation_keeps_its_plan(family: str, tmp_path: Path) -> None
 
     peak, total, kv_cache = run("compiled")
     assert peak <= total and kv_cache > 50 << 20
-    peak, total, kv_cache = run("modules")
-    assert peak > total, "negative control: float32 shows"
+    if family == "qwen3_moe":
+        peak, total, kv_cache = run("modules")
+        assert peak > total, "negative control: float32 shows"
 
 
 STREAM = """

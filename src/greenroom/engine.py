@@ -111,7 +111,7 @@ class Engine:
             scores=seam.makes_scores(config),
             gains=history.gains() if history else None,
         )
-        self.plan = make_plan()
+        self.plan = make_plan(compiled=DecodeStep.may_serve())
         self._history = history
         rough = settings.activation_bits == 8
         self.model: Any = build(packed, config, dtype, self._serve)

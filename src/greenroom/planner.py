@@ -187,7 +187,7 @@ def _plan(
         mapped=mapped,
         kv_cache=_kv_positions(settings) * kv_nbytes_per_token(config, element_size, compiled),
         working_set=_working_set(manifest, config, min(settings.context, settings.prompt_chunk), element_size, compiled)
-        + settings.context * max(map(_expanded_width, _layers(config.get_text_config())), default=0) * element_size
+        + _context_nbytes(manifest, config, settings, element_size, compiled)
         + _policy_nbytes(settings.policy, experts)
         + settings.reserve,
         staging=_staging(settings, record_nbytes) * record_nbytes,
@@ -321,13 +321,27 @@ def _kv_width(config: Any, compiled: bool) -> int:
     return 2 * kv_heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
+def _context_nbytes(
+    manifest: Manifest, config: Any, settings: EngineSettings, element_size: int, compiled: bool
+) -> int:
+    """What one layer makes of all of a context while it reads a prompt."""
+    layers = _layers(config.get_text_config())
+    positions = settings.context if settings.vram is None else most_room(settings.context)
+    nbytes = positions * max(map(_expanded_width, layers), default=0) * element_size
+    if compiled and _has_16_bits(manifest):  # long prompts go through the modules, which see what is cached widened
+        nbytes += settings.context * max((_kv_width(layer, compiled) for layer in layers), default=0) * (2 + 4)
+    indexers = max((int(getattr(layer, "index_n_heads", None) or 0) for layer in layers), default=0)
+    scores = 4 * min(settings.context, settings.prompt_chunk) * indexers * settings.context
+    return nbytes + 2 * scores  # of DeepSeek-V3.2's second attention, in float32, and what its ReLU leaves of them
+
+
 def _expanded_width(config: Any) -> int:
-    """Numbers of one position that latent attention expands for all heads while one layer reads a prompt: what the
-    up-projection makes, keys with their rotated part, and values."""
-    if not getattr(config, "kv_lora_rank", None):
+    """Numbers of one position that latent attention makes while one layer reads a prompt: the latent widened, and for
+    each head what the up-projection makes, keys with their rotated part, and values."""
+    if not (rank := int(getattr(config, "kv_lora_rank", None) or 0)):
         return 0
     nope, rope, value = (int(getattr(config, f"{name}_head_dim")) for name in ("qk_nope", "qk_rope", "v"))
-    return int(config.num_attention_heads) * (2 * nope + rope + 2 * value)
+    return rank + rope + int(config.num_attention_heads) * (2 * nope + rope + 2 * value)
 
 
 def _working_set(manifest: Manifest, config: Any, tokens: int, element_size: int, compiled: bool) -> int:

@@ -29,9 +29,9 @@ def add(commands: Any) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Print the plan; exit code 2 where the budget cannot hold the model."""
-    from greenroom import environment, library, planner, seam
+    from greenroom import library, planner, seam
+    from greenroom.decode import DecodeStep
     from greenroom.history import History
-    from greenroom.kernels import native
     from greenroom.machine import available_memory
     from greenroom.metrics import process_memory
 
@@ -50,7 +50,7 @@ def execute(options: argparse.Namespace) -> int:
             runtime=runtime,
             budget=planner.budget_of(settings, runtime, free),
             element_size=settings.element_size,
-            compiled=native.extension() is not None and environment.decode() != "modules",
+            compiled=DecodeStep.may_serve(),
             scores=seam.makes_scores(config),
             gains=gains,
         )

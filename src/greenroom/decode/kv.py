@@ -117,7 +117,8 @@ class HalfKV:
         `first` on."""
         if first is None:
             first = self.first if self._forget else 0
-        return self._keys.transpose(2, 3).flatten(1, 2)[:, first : self.length], self._values[:, first : self.length]
+        used = self._keys[:, : -(-self.length // native.BLOCK)]
+        return used.transpose(2, 3).flatten(1, 2)[:, first : self.length], self._values[:, first : self.length]
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> "tuple[torch.Tensor, torch.Tensor]":
         """Put keys [heads, n, key_dim] and values [heads, n, value_dim] behind those before; gives what is visible to
@@ -177,6 +178,7 @@ class _HalfLayer:
     device: torch.device
     is_initialized: bool
     is_sliding: bool
+    sliding_window: int
 
     @property
     def keys(self) -> "torch.Tensor | None":
@@ -212,12 +214,23 @@ class _HalfLayer:
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> "tuple[torch.Tensor, torch.Tensor]":
         """As the layer that this stands in for, but for what is rounded: the modules put more positions."""
-        if self._half is None or key_states.shape[0] != 1 or getattr(self, "record_past", False):
+        learns = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if self._half is None or learns or key_states.shape[0] != 1 or getattr(self, "record_past", False):
             updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
             return updated
         visible = self._half.append(*self._layout.to_pair(key_states, value_states))
         self._count(key_states.shape[2])
         return self._as_transformers(visible)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As the layer that this stands in for: forget the last −`tokens_to_remove` positions."""
+        window = self.sliding_window if self.is_sliding else math.inf
+        if self._half is None or tokens_to_remove > 0 or self.get_seq_length() >= window:  # type: ignore[attr-defined]
+            super().crop(tokens_to_remove)  # type: ignore[misc]
+            return
+        count = min(-tokens_to_remove, self._half.length)
+        self._half.length -= count
+        self._count(-count)
 
     def _count(self, more: int) -> None:
         """`more` positions were put."""
@@ -268,12 +281,14 @@ _CLASSES: "dict[type, Any]" = {DynamicLayer: HalfDynamicLayer, DynamicSlidingWin
 
 def adopt(cache: Any, layouts: "list[Layout]", windows: "list[int | None]") -> "list[tuple[HalfLayer, HalfKV]] | None":
     """The layers of `cache`, each made one that holds float16, and what they hold; None where it is not a plain cache
-    of at most one sequence."""
+    of at most one sequence, or somebody was interrupted between its layers."""
     if type(cache) is not DynamicCache or cache.offloading:
         return None
     while len(cache.layers) < len(layouts) and cache.layer_class_to_replicate in _CLASSES:
         cache.layers.append(cache.layer_class_to_replicate())
     if len(cache.layers) != len(layouts) or not all(map(_is_plain, cache.layers)):
+        return None
+    if len({layer.get_seq_length() for layer in cache.layers}) > 1:
         return None
     for index, (layer, layout) in enumerate(zip(cache.layers, layouts, strict=True)):
         if not isinstance(layer, _HalfLayer):

@@ -103,7 +103,7 @@ class DecodeStep:
         self._hooks = Hooks(base)
         self._parts: DecoderParts | None = None
         self._decoder: Any = None
-        self.enabled = environment.decode() != "modules"
+        self.enabled = environment.decode() != "modules"  # without the extension `reason` says so
         """set to False, every token goes through the modules"""
         self.steps = 0
         """single tokens that went the fast way"""
@@ -117,6 +117,11 @@ class DecodeStep:
     def served_by(self, serve: ServeToken, residents: "Residents | None" = None) -> None:
         """Who computes experts from now on; to be told before the first token."""
         self._serve, self._residents = serve, residents
+
+    @staticmethod
+    def may_serve() -> bool:
+        """Whether there is a compiled step at all, for models that it understands, and nobody switched it off."""
+        return native.extension() is not None and environment.decode() != "modules"
 
     def __str__(self) -> str:
         """For people: what decodes single tokens."""
@@ -136,6 +141,8 @@ class DecodeStep:
         if rest:
             return self._modules_forward(input_ids, *rest, **others)
         if self.enabled and input_ids is not None and input_ids.shape[:-1] == (1,) and self._takes(others):
+            if others.get("past_key_values") is None and self._caches(others.get("use_cache")):
+                others["past_key_values"] = DynamicCache(config=self._base.config)  # the modules' way goes on with it
             way = self._step if input_ids.shape[1] == 1 else self._prompt
             out = way(input_ids, **others)
             if out is not None:
@@ -162,11 +169,17 @@ class DecodeStep:
             return False
         return not self.prove()
 
+    def _caches(self, use_cache: "bool | None") -> bool:
+        """Whether somebody who brings no cache wants one."""
+        return bool(getattr(self._base.config, "use_cache", False) if use_cache is None else use_cache)
+
     def prove(self) -> str:
         """Describe the decoder and compare it with its modules, unless that is done; gives `reason`."""
         if not self._tried:
             self.reason = self._why_not()
             self._tried = True  # not before: an interrupted proof proves nothing
+            if self.reason:
+                self._parts = self._decoder = None  # with the weights that it holds once more
         return self.reason
 
     def _why_not(self) -> str:
@@ -224,8 +237,6 @@ class DecodeStep:
         """Many tokens; None where they are not the next ones of a plain cache, or of none."""
         assert self._parts is not None
         cache = past_key_values
-        if cache is None and (self._base.config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache(config=self._base.config)
         if not (cache is None or isinstance(cache, DynamicCache)):
             return None
         first = 0 if cache is None else cache.get_seq_length()
