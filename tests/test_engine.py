@@ -677,13 +677,15 @@ def test_the_next_model_stops_those_that_were_dropped(packed4: PackedModel) -> N
 
 @pytest.mark.usefixtures("alone")
 def test_what_fails_to_start_leaves_nothing(packed4: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, files = threads_alive(), len(list(Path("/proc/self/fd").iterdir()))
     try:
         torch.set_num_threads(2)
+        Engine(packed4, EngineSettings(experts_per_layer=2, context=16)).close()  # the kernels' own threads stay
+        gc.collect()
+        before, files = threads_alive(), len(list(Path("/proc/self/fd").iterdir()))
         with pytest.raises(BudgetError):
             Engine(packed4, EngineSettings(ram=1 << 20))
         with monkeypatch.context() as patch:
-            patch.setattr("greenroom.engine.DecodeStep", None)
+            patch.setattr("greenroom.engine.Prompts", None)
             with pytest.raises(TypeError):
                 Engine(packed4, EngineSettings(experts_per_layer=2, context=16))
         assert torch.get_num_threads() == 2
