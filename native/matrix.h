@@ -75,7 +75,8 @@ using Widen = void (*)(const std::uint8_t* halves, float* to, std::int64_t count
 // Keys and values are cached ones, as a Span has them from position 0 on, or float32, positions key_stride and
 // value_stride apart.
 constexpr int kRows = 64;
-constexpr int kKeysAtOnce = 96;  // blocks of keys
+constexpr int kKeysAtOnce = 96;
+static_assert(kKeysAtOnce % kPositions == 0, "whole blocks");
 
 struct Queries {
     const float* q;  // [tokens, heads, key_dim], tokens q_stride apart, scaled

@@ -117,7 +117,7 @@ class Engine:
         self.model: Any = build(packed, config, dtype, self._serve)
         self.decode = DecodeStep(self.model.base_model, rough)
         self.decode.enabled = self.decode.enabled and self.device is None
-        if self.device is None and not (self.decode.enabled and not self.decode.prove()):
+        if self.device is None and (not self.decode.enabled or self.decode.prove()):  # a reason why it does not serve
             self.plan = make_plan(compiled=False)
         give_back()  # what a proof has left
         self._store = store if store is not None else DiskStore(packed)

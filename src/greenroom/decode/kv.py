@@ -2,8 +2,8 @@
 
 A layer of a `DynamicCache` is replaced by one that holds float16 in the compiled layout, whoever computes: what the
 modules add to one sequence is rounded, too. Whatever else asks for its `keys` and `values` gets tensors of the model's
-dtype back, and the layer is an ordinary one again until the next compiled step: generation, cropping and beam search
-keep their semantics because their code is transformers'.
+dtype back, and the layer is an ordinary one again until the next compiled step: generation and beam search keep their
+semantics because their code is transformers'.
 """
 
 import math
@@ -106,6 +106,11 @@ class HalfKV:
         """The first position that the next token sees; a window counts the token itself."""
         return 0 if self.window is None else max(self.length + 1 - self.window, 0)
 
+    @property
+    def _remembered(self) -> int:
+        """The first position that has to be kept."""
+        return self.first if self._forget else 0
+
     def addresses(self, more: int = 1) -> "tuple[int, int]":
         """Of keys and values, with room for `more` positions."""
         if self.length + more > self.capacity:
@@ -115,8 +120,7 @@ class HalfKV:
     def pair(self, first: "int | None" = None) -> "tuple[torch.Tensor, torch.Tensor]":
         """Keys [heads, n, key_dim] and values [heads, n, value_dim] in float16: all that is remembered, or all from
         `first` on."""
-        if first is None:
-            first = self.first if self._forget else 0
+        first = self._remembered if first is None else first
         used = self._keys[:, : -(-self.length // native.BLOCK)]
         return used.transpose(2, 3).flatten(1, 2)[:, first : self.length], self._values[:, first : self.length]
 
@@ -124,14 +128,14 @@ class HalfKV:
         """Put keys [heads, n, key_dim] and values [heads, n, value_dim] behind those before; gives what is visible to
         the first of them and after, as `pair` does."""
         self.addresses(keys.shape[1])
-        first = self.first if self._forget else 0
+        first = self._remembered
         _put(self._keys, self._values, self.length, keys, values)
         self.length += keys.shape[1]
         return self.pair(first)
 
     def _grow(self, more: int) -> None:
         """Room for `more` positions behind what is remembered."""
-        first = self.first if self._forget else 0
+        first = self._remembered
         length = self.length - first
         all_keys, all_values = _room(
             self._keys.shape[0], length + max(length // 2, more), self._keys.shape[2], self._values.shape[2]
