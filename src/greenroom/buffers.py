@@ -12,6 +12,8 @@ import torch
 from greenroom.errors import BudgetError
 from greenroom.sizes import format_bytes
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, sharing memory."""
@@ -34,9 +36,19 @@ def allocate(nbytes: int, huge: bool = True) -> torch.Tensor:
 
 
 def give_back() -> None:
-    """What this process has freed goes back to the system, where the C library can do that."""
+    """What this process has freed goes back to the system, where the C library can do that (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_large() -> None:
+    """From now on blocks of 2 MiB and more, as a prompt's activations are, go back to the system where they are freed
+    (glibc). It would come to keep those of up to 32 MiB in its heap, in pieces that nothing else fits in: a third of
+    what transformers' attention takes for a long prompt."""
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 2 << 20)
+        library.mallopt(_M_TRIM_THRESHOLD, 4 << 20)
 
 
 def sent(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:

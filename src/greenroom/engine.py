@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from greenroom import dropped, kernels, planner, seam, threads
-from greenroom.buffers import give_back
+from greenroom.buffers import give_back, give_back_large
 from greenroom.cache import POLICIES, EvictionPolicy, ExpertCache, VictimCache
 from greenroom.cache.curve import MissRatioCurve
 from greenroom.config import EngineSettings
@@ -94,6 +94,7 @@ class Engine:
         undo: contextlib.ExitStack,
     ) -> None:
         """Make the model and what serves it; `undo` is called back where that fails."""
+        give_back_large()
         packed, settings = self.packed, self.settings
         self.kernel = kernels.describe(dtype) if self.device is None else over_slots.describe(self.device.place)
         """which kernel computes, for people"""

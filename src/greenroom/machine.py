@@ -1,7 +1,5 @@
 """What this machine has: memory, disk, and bandwidths that are measured, never assumed."""
 
-import contextlib
-import ctypes
 import re
 import shutil
 import statistics
@@ -26,12 +24,6 @@ def available_memory() -> int:
 def free_disk(folder: Path) -> int:
     """Bytes that are free where `folder` lies, or will."""
     return shutil.disk_usage(nearest(folder)).free
-
-
-def give_back_freed() -> None:
-    """Ask the C library to return what was freed to the system, where it can (glibc)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cgroup_rooms() -> "list[int]":

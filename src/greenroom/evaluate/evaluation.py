@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from greenroom import library, planner, seam
+from greenroom.buffers import give_back
 from greenroom.errors import ConfigError
 from greenroom.evaluate import packed as packed_states
 from greenroom.evaluate.score import Summary, score, scoring_nbytes, summarise
-from greenroom.machine import available_memory, give_back_freed
+from greenroom.machine import available_memory
 from greenroom.metrics import process_memory
 from greenroom.original import Head, Original, Text, Window, cut, ids_of, positions_of
 from greenroom.original.states import StatesFile, attention_nbytes, stream
@@ -165,7 +166,7 @@ def room_for(settings: "EngineSettings") -> "tuple[int, int]":
 def _reference(
     folder: Path, windows: "list[Window]", settings: "EngineSettings", source: "str | None"
 ) -> "Iterator[_Reference]":
-    give_back_freed()  # tokenising a text takes more than the text
+    give_back()  # tokenising a text takes more than the text
     room, held = room_for(settings)
     with Original(folder) as original:
         own = original.checkpoint.fingerprint()
@@ -198,7 +199,7 @@ def _scores(
     own = scoring_nbytes(int(config.get_text_config().vocab_size)) + attention_nbytes(config, context)
     chunk = settings.prompt_chunk if token_by_token else context
     settings = dataclasses.replace(settings, context=context, prompt_chunk=chunk, reserve=own)
-    give_back_freed()  # it counts what the process holds now
+    give_back()  # it counts what the process holds now
     engine = library.start(model, packed.folder, settings)
     try:
         label = "token by token" if token_by_token else "packed"
