@@ -13,7 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+)
 
 from greenroom.packed import PackedModel
 from greenroom.packing import pack
@@ -170,42 +177,50 @@ engine.close()
 """
 
 
-@pytest.mark.parametrize(("family", "bits"), [("qwen3_moe", 8), ("qwen3_moe", 16), ("deepseek_v3", 8)])
+CASES = [("qwen3_moe", 8), ("qwen3_moe", 16), ("deepseek_v3", 8), ("gpt_oss", 8), ("gpt_oss", 16)]
+
+
+@pytest.mark.parametrize(("family", "bits"), CASES)
 def test_a_long_conversation_keeps_its_plan(family: str, bits: int, tmp_path: Path) -> None:
     """A context filled to its end by a prompt, tokens after it, and some of both taken back. At 16 bits the modules
-    read the prompt."""
+    read the prompt; gpt-oss's attention makes all scores then."""
     shape = {
         "vocab_size": 512,
         "hidden_size": 256,
-        "moe_intermediate_size": 64,
         "num_hidden_layers": 6,
-        "num_attention_heads": 8,
+        "num_attention_heads": 16,
         "num_experts_per_tok": 2,
         "max_position_embeddings": 8192,
         "eos_token_id": None,
     }
     if family == "qwen3_moe":
-        config: Any = Qwen3MoeConfig(**shape, num_key_value_heads=8, head_dim=128, num_experts=4)
+        narrow = {"moe_intermediate_size": 64, "num_experts": 4}
+        config: Any = Qwen3MoeConfig(**shape, **narrow, num_key_value_heads=8, head_dim=128)
+    elif family == "gpt_oss":
+        whole = ["full_attention"] * 6
+        narrow = {"intermediate_size": 64, "num_local_experts": 4}
+        config = GptOssConfig(**shape, **narrow, num_key_value_heads=8, head_dim=128, layer_types=whole)
     else:
         latent = {"kv_lora_rank": 512, "q_lora_rank": 128, "qk_nope_head_dim": 64, "v_head_dim": 64}
-        config = DeepseekV3Config(
-            **shape, **latent, qk_rope_head_dim=64, n_routed_experts=4, n_group=1, topk_group=1, intermediate_size=512
-        )
+        narrow = {"moe_intermediate_size": 64, "n_routed_experts": 4, "intermediate_size": 512}
+        config = DeepseekV3Config(**shape, **latent, **narrow, qk_rope_head_dim=64, n_group=1, topk_group=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     packed = pack(tmp_path / "source", tmp_path / "packed", expert_bits=4, attention_bits=bits)
 
-    def run(way: str) -> "list[int]":
-        command = [sys.executable, "-c", LONG, str(packed.folder), way]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    def run(way: str, plan_for: str) -> "list[int]":
+        command, environment = [sys.executable, "-c", LONG, str(packed.folder), way], {"GREENROOM_DECODE": plan_for}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
         return [int(number) for number in done.stdout.split()]
 
-    peak, total, kv_cache = run("compiled")
+    peak, total, kv_cache = run("compiled", "compiled")
     assert peak <= total and kv_cache > 50 << 20
-    if family == "qwen3_moe":
-        peak, total, kv_cache = run("modules")
-        assert peak > total, "negative control: float32 shows"
+    peak, total, kv_cache = run("modules", "modules")
+    assert peak <= total
+    if family != "deepseek_v3" and bits == 8:
+        peak, total, kv_cache = run("modules", "compiled")
+        assert peak > total, "negative control: float32, keys for each head of queries and scores show"
 
 
 STREAM = """

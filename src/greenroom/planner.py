@@ -16,7 +16,7 @@ from greenroom.sizes import format_bytes
 from greenroom.static_kv import most_room
 
 _KERNEL_NBYTES = 48 << 20  # dequantised tiles and their temporaries; see kernels.reference.TILE
-_SCRATCH_NBYTES = 24 << 20  # of compiled kernels, and what the heap has in pieces between activations
+_SCRATCH_NBYTES = 32 << 20  # of compiled kernels, what making a model leaves, and what the heap has in pieces
 _BATCH = 128  # rows of experts that compiled kernels take at a time; see native/compute.cpp
 _LARGE_RECORD = 8 << 20  # the pieces of one such record keep four readers busy
 _SPARE = 0.9  # without a budget: the share of free memory that greenroom takes at most
@@ -129,14 +129,14 @@ def make_plan(
 
     `runtime`: bytes the process holds before any weight. `budget`: bytes of RAM for everything, or None.
     `element_size`: bytes of one activation. `compiled`: the compiled decoder serves, where it may: float32 on the CPU;
-    it caches float16. `scores`: attention's modules make all of a prompt's scores at once, on a
-    device (on the CPU it is compiled). `gains[l][n]`: the hit rate of layer l with n slots, by which a budget is
-    divided; without it, and where slots are asked for per layer, all layers get as many. Raises BudgetError, saying
-    what would do, where the budget cannot hold the fixed parts.
+    it caches float16. `scores`: attention's modules make all of a prompt's scores at once. `gains[l][n]`: the hit rate
+    of layer l with n slots, by which a budget is divided; without it, and where slots are asked for per layer, all
+    layers get as many. Raises BudgetError, saying what would do, where the budget cannot hold the fixed parts.
     """
     compiled = compiled and settings.vram is None and element_size == 4
     plan = _plan(manifest, config, settings, runtime, budget, element_size, compiled)
-    if scores and settings.vram is not None:
+    scores = scores or (settings.vram is None and _unequal_widths(config))
+    if scores and _modules_read(manifest, compiled):
         scores_nbytes = _scores_nbytes(config, settings, element_size)
         plan = dataclasses.replace(plan, working_set=plan.working_set + scores_nbytes)
     plan = allot(plan, _slots(plan, settings), None if settings.experts_per_layer is not None else gains)
@@ -233,10 +233,15 @@ def _slots(plan: Plan, settings: EngineSettings) -> int:
             + (
                 f" or fewer experts per layer ({max(room, 0) // len(plan.experts)} fit)"
                 if asked
-                else " or pack fewer bits" * (plan.budget > plan.runtime)
+                else f" or {_less(plan)}" * (plan.budget > plan.runtime)
             )
         )
     return min(wanted, room)
+
+
+def _less(plan: Plan) -> str:
+    """What makes the largest of the fixed parts smaller."""
+    return "a smaller --context" if plan.kv_cache + plan.working_set > plan.dense else "pack fewer bits"
 
 
 def describe_fixed(plan: Plan) -> str:
@@ -326,22 +331,29 @@ def _context_nbytes(
 ) -> int:
     """What one layer makes of all of a context while it reads a prompt."""
     layers = _layers(config.get_text_config())
+    modules = _modules_read(manifest, compiled)
     positions = settings.context if settings.vram is None else most_room(settings.context)
-    nbytes = positions * max(map(_expanded_width, layers), default=0) * element_size
-    if compiled and _has_16_bits(manifest):  # long prompts go through the modules, which see what is cached widened
-        nbytes += settings.context * max((_kv_width(layer, compiled) for layer in layers), default=0) * (2 + 4)
+    tokens = min(settings.context, settings.prompt_chunk)
+    width = max((_expanded_width(layer, modules) for layer in layers), default=0)
+    if modules and settings.vram is None:  # what is cached, once more while it grows, or as the modules see it
+        cached = max((_kv_width(layer, compiled) for layer in layers), default=0)
+        width += cached * (2 + 4) // element_size if compiled else cached
+    mask = tokens * (1 + element_size) if modules else 0  # of truth values, and of numbers
     indexers = max((int(getattr(layer, "index_n_heads", None) or 0) for layer in layers), default=0)
-    scores = 4 * min(settings.context, settings.prompt_chunk) * indexers * settings.context
-    return nbytes + 2 * scores  # of DeepSeek-V3.2's second attention, in float32, and what its ReLU leaves of them
+    scores = 2 * 4 * tokens * indexers  # of DeepSeek-V3.2's second attention, in float32, and what its ReLU leaves
+    return positions * (width * element_size + mask) + settings.context * scores
 
 
-def _expanded_width(config: Any) -> int:
-    """Numbers of one position that latent attention makes while one layer reads a prompt: the latent widened, and for
-    each head what the up-projection makes, keys with their rotated part, and values."""
+def _expanded_width(config: Any, modules: bool) -> int:
+    """Numbers of one position that attention makes of what is cached while one layer reads a prompt. Latent attention:
+    the latent widened, and for each head what the up-projection makes, keys with their rotated part, and values. Else
+    `modules` repeat each head of keys and values for all heads of queries that share it."""
+    heads = int(getattr(config, "num_attention_heads", 1) or 1)
     if not (rank := int(getattr(config, "kv_lora_rank", None) or 0)):
-        return 0
+        shared = heads // int(getattr(config, "num_key_value_heads", None) or heads)
+        return shared * _kv_width(config, False) if modules and shared > 1 else 0
     nope, rope, value = (int(getattr(config, f"{name}_head_dim")) for name in ("qk_nope", "qk_rope", "v"))
-    return rank + rope + int(config.num_attention_heads) * (2 * nope + rope + 2 * value)
+    return rank + rope + heads * (2 * nope + rope + 2 * value)
 
 
 def _working_set(manifest: Manifest, config: Any, tokens: int, element_size: int, compiled: bool) -> int:
@@ -350,7 +362,7 @@ def _working_set(manifest: Manifest, config: Any, tokens: int, element_size: int
     hidden, vocab = int(text.hidden_size), int(text.vocab_size)
     wide = max(tensor.rows for entry in manifest.experts for tensor in entry.tensors)
     logits = 4 * vocab * 4
-    if not compiled or _has_16_bits(manifest):  # torch multiplies many vectors with those
+    if _modules_read(manifest, compiled):
         return _KERNEL_NBYTES + tokens * (12 * hidden + 3 * wide) * element_size + logits
     widest = max((entry.rows for entry in manifest.linears if entry.rows != vocab), default=hidden)
     outputs = experts_per_token(config) * hidden
@@ -370,7 +382,10 @@ def experts_per_token(config: Any) -> int:
     return 2
 
 
-def _has_16_bits(manifest: Manifest) -> bool:
+def _modules_read(manifest: Manifest, compiled: bool) -> bool:
+    """Whether transformers' modules read long prompts: torch multiplies many vectors with what has 16 bits."""
+    if not compiled:
+        return True
     matrices = (tensor for entry in manifest.experts for tensor in entry.tensors[:2])  # then biases, of 16 bits always
     return any(tensor.format.bits == 16 for tensor in matrices) or any(
         entry.format.bits == 16 for entry in manifest.linears
@@ -382,6 +397,15 @@ def _scores_nbytes(config: Any, settings: EngineSettings, element_size: int) -> 
     eager attention keeps what goes into its softmax, what comes out, and what either is made from."""
     heads = int(getattr(config.get_text_config(), "num_attention_heads", 1) or 1)
     return 3 * heads * min(settings.context, settings.prompt_chunk) * settings.context * element_size
+
+
+def _unequal_widths(config: Any) -> bool:
+    """Whether keys and values differ in width, as latent attention's do: torch has no fused attention for those on the
+    CPU and makes all scores."""
+    text = config.get_text_config()
+    if not getattr(text, "kv_lora_rank", None):
+        return False
+    return int(text.qk_nope_head_dim) + int(text.qk_rope_head_dim) != int(text.v_head_dim)
 
 
 def _policy_nbytes(policy: str, experts: "tuple[int, ...]") -> int:
