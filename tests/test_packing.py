@@ -414,7 +414,7 @@ class Full:
 
 @pytest.mark.parametrize(
     "limit,only",
-    [(0, ""), (3000, ""), (30_000, ""), (60_000, ""), (100, "greenroom.json"), (500, "packing.json"), (0, "dense")],
+    [(0, ""), (3000, ""), (30_000, ""), (45_000, ""), (100, "greenroom.json"), (500, "packing.json"), (0, "dense")],
 )
 def test_a_disk_that_fills_up_keeps_what_is_complete(
     tiny: Path, tiny_packed: "dict[str, bytes]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, only: str

@@ -164,15 +164,20 @@ def test_scores_are_planned_where_attention_makes_them(packed4: PackedModel) -> 
     config = seam.load_config(packed4.folder)
     settings = EngineSettings(vram=8 << 30, ram=8 << 30, context=4096)
 
-    def working_set(scores: bool, settings: EngineSettings) -> int:
-        return planner.make_plan(
-            packed4.manifest, config, settings, runtime=0, budget=8 << 30, element_size=2, scores=scores
-        ).working_set
+    def taken(settings: EngineSettings, element_size: int) -> int:
+        found = [
+            planner.make_plan(
+                packed4.manifest, config, settings, runtime=0, budget=8 << 30, element_size=element_size, scores=scores
+            ).working_set
+            for scores in (False, True)
+        ]
+        return found[1] - found[0]
 
-    heads = config.num_attention_heads
-    assert working_set(True, settings) - working_set(False, settings) == 3 * heads * 512 * 4096 * 2
+    numbers = 3 * config.num_attention_heads * 512 * 4096
+    assert taken(settings, 2) == 2 * numbers
     on_cpu = EngineSettings(ram=8 << 30, context=4096)
-    assert working_set(True, on_cpu) == working_set(False, on_cpu), "compiled"
+    assert taken(on_cpu, 4) == 0, "compiled"
+    assert taken(on_cpu, 2) == 2 * numbers, "modules compute in float16"
     assert not seam.makes_scores(config)
 
 

@@ -47,7 +47,9 @@ def write(folder: Path, tensors: "dict[str, torch.Tensor]", quantization: "dict[
 
 def difference(folder: Path, packed: Path, model: Any, inputs: Any) -> float:
     """Relative difference between transformers on the meant weights and greenroom on the quantised checkpoint."""
-    engine = Engine(pack(folder, packed, expert_bits=16, head_bits=16), EngineSettings(experts_per_layer=1))
+    engine = Engine(
+        pack(folder, packed, expert_bits=16, attention_bits=16, head_bits=16), EngineSettings(experts_per_layer=1)
+    )
     with torch.no_grad():
         want, got = families.logits(model, **inputs), families.logits(engine.model, **inputs)
     engine.close()

@@ -16,7 +16,7 @@ class PackSettings:
     """How many bits a weight gets. `group_size` is for the experts; None takes the paper's for their bits."""
 
     expert_bits: int = 4
-    attention_bits: int = 16
+    attention_bits: int = 8
     head_bits: int = 8
     group_size: "int | None" = None
 

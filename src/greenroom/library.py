@@ -29,8 +29,8 @@ DEMO = "demo"
 DEMO_EXPERT_SHARE = 3
 """Without a memory setting the demo runs with a third of its experts in memory: that is what it shows."""
 
-_DEMO_BITS = {"expert_bits": 4, "attention_bits": 8, "head_bits": 8, "group_size": 32}
-_DEFAULT_BITS = {"expert_bits": 4, "attention_bits": 16, "head_bits": 8}
+_DEFAULT_BITS = {"expert_bits": 4, "attention_bits": 8, "head_bits": 8}
+_DEMO_BITS = {**_DEFAULT_BITS, "group_size": 32}
 _PR_SET_PDEATHSIG = 1
 
 

@@ -90,7 +90,7 @@ def pack(
     dst: "str | Path",
     *,
     expert_bits: int = 4,
-    attention_bits: int = 16,
+    attention_bits: int = 8,
     head_bits: int = 8,
     group_size: "int | None" = None,
     calibrate: "str | Path | None" = None,

@@ -20,9 +20,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def add_bits(parser: argparse.ArgumentParser) -> None:
     """How a model is packed."""
-    group = parser.add_argument_group(
-        "packing (defaults: experts 4, attention 16, head 8; demo: attention 8, groups of 32)"
-    )
+    group = parser.add_argument_group("packing (defaults: experts 4, attention 8, head 8; demo: groups of 32)")
     group.add_argument("--expert-bits", type=int, choices=(2, 3, 4, 8, 16), help="bits of an expert's weights")
     group.add_argument("--attention-bits", type=int, choices=(2, 3, 4, 8, 16), help="bits of the other dense linears")
     group.add_argument("--head-bits", type=int, choices=(2, 3, 4, 8, 16), help="bits of the output head")
