@@ -222,9 +222,9 @@ def test_16_bits_are_close_to_transformers_and_4_bits_are_not(
 def test_a_replay_of_the_trace_has_the_hits_of_the_run(
     packed4: PackedModel, engines: Engines, monkeypatch: pytest.MonkeyPatch, policy: str, prefetch: int
 ) -> None:
-    live, real, at_once = [], ExpertCache.request, ExpertCache.hit
+    live, real, at_once = [], ExpertCache._classify, ExpertCache.hit
 
-    def noted(cache: ExpertCache, *args: Any) -> Any:
+    def noted(cache: ExpertCache, *args: Any) -> Any:  # of a request, or of guesses that a token used in passing
         access = real(cache, *args)
         live.append(set(access.hits))
         return access
@@ -235,7 +235,7 @@ def test_a_replay_of_the_trace_has_the_hits_of_the_run(
             live.append({(layer, expert) for expert in experts})
         return buffers
 
-    monkeypatch.setattr(ExpertCache, "request", noted)
+    monkeypatch.setattr(ExpertCache, "_classify", noted)
     monkeypatch.setattr(ExpertCache, "hit", all_there)
     engine = engines(packed4, policy=policy, prefetch=prefetch, lookahead=2)
     engine.runner.trace = []
