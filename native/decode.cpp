@@ -60,11 +60,6 @@ void multiply(const Weights& weights, const float* x, float* out, int threads) {
     linear(x, 1, weights.packed, weights.shape, weights.bias, out, threads);
 }
 
-float* sized(std::vector<float>& buffer, std::int64_t count) {
-    if (buffer.size() < static_cast<std::size_t>(count)) buffer.resize(static_cast<std::size_t>(count));
-    return buffer.data();
-}
-
 // The nearest float16 of a number from 0 to 1, of two the even one.
 float rounded_to_float16(float x) {
     int exponent;

@@ -160,6 +160,11 @@ void put_value(const KeyValues& cache, std::int64_t kv_head, std::int64_t positi
     put_halves(cache.values + 2 * (kv_head * cache.capacity + position) * count, 1, x, count);
 }
 
+float* sized(std::vector<float>& buffer, std::int64_t count) {
+    if (buffer.size() < static_cast<std::size_t>(count)) buffer.resize(static_cast<std::size_t>(count));
+    return buffer.data();
+}
+
 float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 void softmax(float* x, std::int64_t count) {

@@ -118,6 +118,9 @@ std::vector<int> ranked(const Router& it, float* logits, int count);
 void put_key(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t key_dim);
 void put_value(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t count);
 
+// A scratch buffer's numbers, which are `count` at least.
+float* sized(std::vector<float>& buffer, std::int64_t count);
+
 float sigmoid(float x);
 void softmax(float* x, std::int64_t count);
 

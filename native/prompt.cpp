@@ -10,11 +10,6 @@ namespace {
 
 constexpr std::int64_t kTokensAtOnce = 8;  // of what is done to one after another
 
-float* sized(std::vector<float>& buffer, std::int64_t count) {
-    if (buffer.size() < static_cast<std::size_t>(count)) buffer.resize(static_cast<std::size_t>(count));
-    return buffer.data();
-}
-
 // Causal attention of all heads, cut into what shares a key-value head. `all` describes the first token's heads of the
 // first key-value head; key_head and value_head: numbers between key-value heads. Cut by numbers of tokens and heads alone, so
 // that the number of threads never shows.

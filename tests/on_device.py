@@ -8,9 +8,9 @@ import torch
 from greenroom.config import EngineSettings
 from greenroom.device import FakeDevice
 from greenroom.engine import Engine
+from greenroom.footprint import KERNEL_NBYTES
 from greenroom.kernels import Activation, slots
 from greenroom.packed import PackedModel, RecordTensor
-from greenroom.planner import _KERNEL_NBYTES
 
 VRAM = 1 << 30
 
@@ -71,7 +71,7 @@ class Engines:
         made.setdefault("device", FakeDevice())
         given = {"experts_per_layer": 2, "validate": True, "vram": VRAM, "cpu_experts": False, "staging": 4, **options}
         ram_slots = min(ram_slots, self._experts)
-        ram = _KERNEL_NBYTES + (given["staging"] + ram_slots) * self.record
+        ram = KERNEL_NBYTES + (given["staging"] + ram_slots) * self.record
         self._made.append(Engine(self._packed, EngineSettings(ram=ram, **given), **made))
         assert self._made[-1].plan.ram is not None and self._made[-1].plan.ram.slots == ram_slots
         return self._made[-1]

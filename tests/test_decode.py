@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, GptOssConfig
 
 import families
-from greenroom import planner, threads
+from greenroom import footprint, threads
 from greenroom.config import EngineSettings
 from greenroom.decode import describe, kv, proof
 from greenroom.engine import Engine
@@ -912,10 +912,10 @@ def test_what_is_planned_for_a_token_is_what_a_token_takes(name: str) -> None:
             engine.model(LONG[:, :length], past_key_values=plain)
         halves = [layer._half.pair() for layer in compiled.layers]
         taken = sum(one.numel() * one.element_size() for pair in halves for one in pair)
-        assert taken == length * planner.kv_nbytes_per_token(config, 4, compiled=True)
+        assert taken == length * footprint.kv_nbytes_per_token(config, 4, compiled=True)
         taken = sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in plain.layers)
-        assert taken == length * planner.kv_nbytes_per_token(config, 4, compiled=False)
-        assert engine.plan.kv_cache == 64 * planner.kv_nbytes_per_token(config, 4, compiled=True)
+        assert taken == length * footprint.kv_nbytes_per_token(config, 4, compiled=False)
+        assert engine.plan.kv_cache == 64 * footprint.kv_nbytes_per_token(config, 4, compiled=True)
 
 
 def test_without_the_compiled_step_more_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:

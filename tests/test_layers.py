@@ -16,7 +16,7 @@ ROOMS = [
     "cache", "history", "store", "readers", "transfer", "device", "tiers", "placement", "speculation", "prefetch",
     "trace", "analyze", "metrics", "kernels", "expert_call", "runner", "device_runner", "static_kv", "hooks",
     "identity", "prompts", "token_inputs", "token_layers", "layer_steps", "token_model", "model", "naive", "decode",
-    "planner", "probe", "wheels", "demo", "engine", "library", "evaluate", "cli",
+    "footprint", "planner", "probe", "wheels", "demo", "engine", "library", "evaluate", "cli",
 ]  # fmt: skip
 """Lowest first: a room may import itself and what stands before it."""
 

@@ -99,19 +99,7 @@ class Engine:
         self.kernel = kernels.describe(dtype) if self.device is None else over_slots.describe(self.device.place)
         """which kernel computes, for people"""
         config = seam.load_config(packed.folder)
-        owed = sum(other.owed for other in _RUNNING)
-        runtime = process_memory()["anonymous"] + owed
-        make_plan = functools.partial(
-            planner.make_plan,
-            packed.manifest,
-            config,
-            settings,
-            runtime=runtime,
-            budget=planner.budget_of(settings, runtime, available_memory() - owed),
-            element_size=dtype.itemsize,
-            scores=seam.makes_scores(config),
-            gains=history.gains() if history else None,
-        )
+        make_plan = self._planner(config, dtype, history)
         self.plan = make_plan(compiled=DecodeStep.may_serve())
         self._history = history
         rough = settings.activation_bits == 8
@@ -146,6 +134,22 @@ class Engine:
         seam.load_generation_config(self.model, packed.folder)
         keep_from_copies(self.model, packed.folder)
         keep_in_place(self.model, dtype, torch.device("cpu") if self.device is None else self.device.place)
+
+    def _planner(self, config: Any, dtype: torch.dtype, history: "History | None") -> "Callable[..., planner.Plan]":
+        """How to plan, but for whether the compiled step serves; `runtime` is what the process holds now."""
+        owed = sum(other.owed for other in _RUNNING)
+        runtime = process_memory()["anonymous"] + owed
+        return functools.partial(
+            planner.make_plan,
+            self.packed.manifest,
+            config,
+            self.settings,
+            runtime=runtime,
+            budget=planner.budget_of(self.settings, runtime, available_memory() - owed),
+            element_size=dtype.itemsize,
+            scores=seam.makes_scores(config),
+            gains=history.gains() if history else None,
+        )
 
     def __enter__(self) -> "Engine":
         return self

@@ -12,9 +12,10 @@ import torch
 
 from greenroom import kernels
 from greenroom.buffers import open_direct
+from greenroom.footprint import experts_per_token
 from greenroom.machine import median_s
 from greenroom.packed import ExpertsEntry, Manifest
-from greenroom.planner import Plan, experts_per_token
+from greenroom.planner import Plan
 
 _READ_NBYTES = 2 << 20
 _READERS = 4

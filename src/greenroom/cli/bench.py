@@ -118,10 +118,10 @@ def _trial(engine: Any, prompt: Any, tokens: int) -> "dict[str, float]":
 def _report(engine: Any, trials: "list[dict[str, float]]", floor: "dict[str, float]") -> "dict[str, Any]":
     """Medians, and the floor: a token's packed bytes over the RAM's rate (on a GPU what was sent over the link's), or
     its missed bytes over the disk's."""
-    from greenroom import planner
+    from greenroom import footprint
 
     medians = {name: statistics.median(trial[name] for trial in trials) for name in trials[0]}
-    manifest, top_k = engine.packed.manifest, planner.experts_per_token(engine.model.config)
+    manifest, top_k = engine.packed.manifest, footprint.experts_per_token(engine.model.config)
     touched = engine.plan.dense + sum(min(top_k, e.num_experts) * e.record_nbytes for e in manifest.experts)
     link_s = medians["bytes_up_per_token"] / floor["link"] if "link" in floor else touched / floor["ram"]
     floor_s = max(link_s, medians["bytes_read_per_token"] / floor["disk"])

@@ -84,7 +84,7 @@ def _import(options: argparse.Namespace) -> "dict[str, Any]":
 
 
 def _record(options: argparse.Namespace) -> "dict[str, Any]":
-    from greenroom import library, planner
+    from greenroom import footprint, library
     from greenroom.cli import generation
     from greenroom.model import routers
     from greenroom.progress import Progress
@@ -110,7 +110,7 @@ def _record(options: argparse.Namespace) -> "dict[str, Any]":
             routers(engine.model, engine.packed),
             experts,
             lookahead=options.guess_layers,
-            ranked=max(8, 4 * planner.experts_per_token(engine.model.config)),
+            ranked=max(8, 4 * footprint.experts_per_token(engine.model.config)),
             probabilities=not options.no_probabilities,
             model=str(options.model),
         )
