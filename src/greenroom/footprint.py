@@ -62,9 +62,8 @@ class Footprint:
     def working_set(self) -> int:
         """Activations of a piece of a prompt, what attention makes beside them, logits, and what kernels need."""
         nbytes = self._activations + self._context
-        if self._modules and (self.makes_scores or (self._unequal_widths and not self._on_device)):
-            nbytes += self._scores
-        return nbytes
+        unfused = not self._on_device and any(map(_unequal_widths, self._layers))
+        return nbytes + self._scores if self._modules and (self.makes_scores or unfused) else nbytes
 
     @property
     def _on_device(self) -> bool:
@@ -117,25 +116,20 @@ class Footprint:
         scores = 2 * 4 * self._tokens * indexers  # of DeepSeek-V3.2's second attention in float32, and its ReLU of them
         return positions * (width * self.element_size + mask) + context * scores
 
+    @property
+    def _layers(self) -> "list[Any]":
+        return _layers(self.config.get_text_config())
+
     def _most(self, of_layer: "Callable[[Any], int]") -> int:
         """Over the layers."""
-        return max(map(of_layer, _layers(self.config.get_text_config())), default=0)
+        return max(map(of_layer, self._layers), default=0)
 
     @property
     def _scores(self) -> int:
         """Scores of a prompt's piece for all of a context, in each head of one layer, and two copies of them:
         transformers' eager attention keeps what goes into its softmax, what comes out, and what either is made from."""
-        heads = int(getattr(self.config.get_text_config(), "num_attention_heads", 1) or 1)
+        heads = self._most(lambda layer: int(getattr(layer, "num_attention_heads", 1) or 1))
         return 3 * heads * self._tokens * self.settings.context * self.element_size
-
-    @property
-    def _unequal_widths(self) -> bool:
-        """Keys and values differ in width, as latent attention's do: torch has no fused attention for those on the CPU
-        and makes all scores."""
-        text = self.config.get_text_config()
-        if not getattr(text, "kv_lora_rank", None):
-            return False
-        return int(text.qk_nope_head_dim) + int(text.qk_rope_head_dim) != int(text.v_head_dim)
 
 
 def kv_nbytes_per_token(config: Any, element_size: int, compiled: bool) -> int:
@@ -181,6 +175,14 @@ def _kv_width(config: Any, compiled: bool) -> int:
         return rank * (2 if compiled else 1) + int(config.qk_rope_head_dim) + indexed
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     return 2 * kv_heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def _unequal_widths(config: Any) -> bool:
+    """Whether keys and values differ in width, as latent attention's do: torch has no fused attention for those on the
+    CPU and makes all scores."""
+    if not getattr(config, "kv_lora_rank", None):
+        return False
+    return int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim) != int(config.v_head_dim)
 
 
 def _expanded_width(config: Any, modules: bool) -> int:
