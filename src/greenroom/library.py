@@ -29,8 +29,7 @@ DEMO = "demo"
 DEMO_EXPERT_SHARE = 3
 """Without a memory setting the demo runs with a third of its experts in memory: that is what it shows."""
 
-_DEFAULT_BITS = {"expert_bits": 4, "attention_bits": 8, "head_bits": 8}
-_DEMO_BITS = {**_DEFAULT_BITS, "group_size": 32}
+_DEMO_GROUP_SIZE = 32
 _PR_SET_PDEATHSIG = 1
 
 
@@ -68,10 +67,9 @@ def settled_bits(model: "str | Path", bits: "dict[str, int | None]") -> "dict[st
     from greenroom.config import PackSettings
 
     given = {name: value for name, value in bits.items() if value is not None}
-    settings = {**(_DEMO_BITS if is_demo(model) else _DEFAULT_BITS), **given}
-    if settings["expert_bits"] == 16 and "group_size" not in given:
-        settings.pop("group_size", None)  # 16 bits have no groups
-    return dataclasses.asdict(PackSettings(**settings))
+    if is_demo(model) and given.get("expert_bits") != 16:  # which have no groups
+        given.setdefault("group_size", _DEMO_GROUP_SIZE)
+    return dataclasses.asdict(PackSettings(**given))
 
 
 def place(model: "str | Path", bits: "dict[str, int | None]") -> "tuple[Path, dict[str, int]]":
