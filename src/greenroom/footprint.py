@@ -4,6 +4,7 @@ Arithmetic over the manifest and the model's configuration; measures nothing its
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -74,7 +75,7 @@ class Footprint:
         """The compiled decoder serves; it caches float16."""
         return self.may_compile and not self._on_device and self.element_size == 4
 
-    @property
+    @functools.cached_property
     def _modules(self) -> bool:
         """transformers' modules read long prompts: torch multiplies many vectors with what has 16 bits."""
         if not self._compiled:
@@ -128,8 +129,7 @@ class Footprint:
     def _scores(self) -> int:
         """Scores of a prompt's piece for all of a context, in each head of one layer, and two copies of them:
         transformers' eager attention keeps what goes into its softmax, what comes out, and what either is made from."""
-        heads = self._most(lambda layer: int(getattr(layer, "num_attention_heads", 1) or 1))
-        return 3 * heads * self._tokens * self.settings.context * self.element_size
+        return 3 * self._most(_heads) * self._tokens * self.settings.context * self.element_size
 
 
 def kv_nbytes_per_token(config: Any, element_size: int, compiled: bool) -> int:
@@ -167,9 +167,14 @@ def _layers(config: Any) -> "list[Any]":
     return [config] * int(getattr(config, "num_hidden_layers", 0) or 0)
 
 
+def _heads(config: Any) -> int:
+    """Of queries, in one layer."""
+    return int(getattr(config, "num_attention_heads", 1) or 1)
+
+
 def _kv_width(config: Any, compiled: bool) -> int:
     """Numbers that one layer caches for one token."""
-    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    heads = _heads(config)
     if rank := int(getattr(config, "kv_lora_rank", None) or 0):  # multi-head latent attention caches latents
         indexed = int(getattr(config, "index_head_dim", None) or 0)  # DeepSeek-V3.2's second, small attention
         return rank * (2 if compiled else 1) + int(config.qk_rope_head_dim) + indexed
@@ -189,7 +194,7 @@ def _expanded_width(config: Any, modules: bool) -> int:
     """Numbers of one position that attention makes of what is cached while one layer reads a prompt. Latent attention:
     the latent widened, and for each head what the up-projection makes, keys with their rotated part, and values. Else
     `modules` repeat each head of keys and values for all heads of queries that share it."""
-    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    heads = _heads(config)
     if not (rank := int(getattr(config, "kv_lora_rank", None) or 0)):
         shared = heads // int(getattr(config, "num_key_value_heads", None) or heads)
         return shared * _kv_width(config, False) if modules and shared > 1 else 0
