@@ -70,6 +70,8 @@ class Bench:
     threads: int
     prefix: "list[str]"
     """what every worker's command starts with, such as taskset"""
+    kv_bits: int = 16
+    """of cached keys and values in every engine"""
 
     def measure(self, cell: Cell) -> "dict[str, Any]":
         """All rounds of a cell."""
@@ -119,7 +121,7 @@ class Bench:
         """What a worker loads and how, as JSON."""
         context = max(cell.prompt + _WARM + cell.tokens, 512)
         job = {"model": str(model), "threads": self.threads, "context": context, "first": cell.first}
-        return json.dumps({**job, **more})
+        return json.dumps({**job, "kv_bits": self.kv_bits, **more})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,7 @@ def _options(arguments: "list[str] | None") -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="turns of each engine (default 3; 2 with --quick)")
     parser.add_argument("--prompt", type=int, help="tokens before the timed ones (default 512; 128 under a limit)")
     parser.add_argument("--tokens", type=int, help="timed tokens (default 64; 32 under a limit)")
+    parser.add_argument("--kv-bits", type=int, choices=(16, 8), default=16, help="of keys and values in both engines")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peer", type=Path, metavar="PYTHON", help="an interpreter that has llama_cpp")
     parser.add_argument("--work", type=Path, default=environment.cache_folder() / "benchmarks", help="for the models")
@@ -93,6 +94,7 @@ def _run(options: argparse.Namespace) -> int:
         rounds=options.rounds,
         threads=options.threads,
         prefix=shlex.split(options.prefix),
+        kv_bits=options.kv_bits,
     )
     found = _measure(bench, cells)
     print(report.tables(found["cells"]), flush=True)
@@ -124,6 +126,7 @@ def _measure(bench: Bench, cells: "list[Cell]") -> "dict[str, Any]":
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
         "threads": bench.threads,
+        "kv_bits": bench.kv_bits,
         "rounds": bench.rounds,
         "floors": machine,
         "cells": measured,

@@ -23,10 +23,11 @@ BATCH = 512
 class Model:
     """A packed model, running: `feed` decodes given tokens; none is sampled."""
 
-    def __init__(self, path: str, *, context: int, ram: "int | None", activation_bits: int) -> None:
+    def __init__(self, path: str, *, context: int, ram: "int | None", activation_bits: int, kv_bits: int) -> None:
         packed = PackedModel(Path(path))
         slots = None if ram else max(entry.num_experts for entry in packed.manifest.experts)
-        settings = EngineSettings(ram=ram, experts_per_layer=slots, context=context, activation_bits=activation_bits)
+        bits = {"activation_bits": activation_bits, "kv_bits": kv_bits}
+        settings = EngineSettings(ram=ram, experts_per_layer=slots, context=context, **bits)
         self.engine = Engine(packed, settings)
         self.trace: list[tuple[int, tuple[int, ...], list[float] | None]] = []
         self.engine.runner.trace = self.trace
@@ -107,7 +108,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
     try:
-        model = Model(job["model"], **{name: job[name] for name in ("context", "ram", "activation_bits")})
+        model = Model(job["model"], **{name: job[name] for name in ("context", "ram", "activation_bits", "kv_bits")})
     except GreenroomError as error:
         sys.exit(str(error))
     model.feed(job["first"])

@@ -20,7 +20,7 @@ BATCH = 512
 class Model:
     """A GGUF file, loaded: `feed` decodes given tokens; none is sampled."""
 
-    def __init__(self, path: str, *, threads: int, context: int, repack: bool) -> None:
+    def __init__(self, path: str, *, threads: int, context: int, repack: bool, kv_bits: int = 16) -> None:
         parameters = llama_cpp.llama_model_default_params()
         parameters.use_extra_bufts = repack
         if hasattr(parameters, "load_mode"):
@@ -33,6 +33,9 @@ class Model:
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = context, BATCH, BATCH
         options.n_threads = options.n_threads_batch = threads
+        if kv_bits == 8:  # values in 8 bits want flash attention
+            options.type_k = options.type_v = llama_cpp.GGML_TYPE_Q8_0
+            options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self.context = llama_cpp.llama_init_from_model(self.model, options)
         if not self.context:
             raise RuntimeError("llama.cpp cannot make a context: not enough memory")
@@ -104,7 +107,7 @@ def main() -> None:
     llama_cpp.llama_backend_init()
     if job["cold"]:
         drop_pages(job["model"])
-    model = Model(job["model"], threads=job["threads"], context=job["context"], repack=job["repack"])
+    model = Model(job["model"], **{name: job[name] for name in ("threads", "context", "repack", "kv_bits")})
     model.feed(job["first"])
     version = {"engine": f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"}
     print(json.dumps({**version, "system": llama_cpp.llama_print_system_info().decode()}), flush=True)

@@ -2,7 +2,8 @@
 // each instruction set's translation unit, like rows.h and under the same rules.
 //
 // Keys lie in blocks of kPositions positions, a block dimension by dimension, so that scores of neighbouring positions
-// are lanes of one vector and no sum runs across lanes. Values lie position by position. Both are float16.
+// are lanes of one vector and no sum runs across lanes. Values lie position by position. Here both are float16; bytes.h
+// has them in 8 bits.
 #pragma once
 
 #include <cstring>
@@ -121,7 +122,7 @@ void by_tiles(int head, int heads, const Body& body) {
 }
 
 template <class V>
-void attend(const Span& span) {
+void attend_halves(const Span& span) {
     alignas(64) float scores[kHeadsAtOnce][kSpan];
     for (int at = 0; at < span.last; at += kPositions)
         by_tiles<head_tile<V>()>(0, span.heads, [&](int head, auto count) {

@@ -21,6 +21,6 @@ Kernel kernel(const Matrix& matrix, Batch batch) {
 }  // namespace
 
 const Isa kAvx2 = {"avx2", "AVX2", supported, kernel, activate, attend<Avx2>, mix<Avx2>,
-                   widen<Avx2>, attend_causally<Avx2>};
+                   widen_keys<Avx2>, widen_values<Avx2>, attend_causally<Avx2>};
 
 }  // namespace greenroom

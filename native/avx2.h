@@ -5,7 +5,7 @@
 #include <immintrin.h>
 
 #include "activation.h"
-#include "attention.h"
+#include "bytes.h"
 #include "causal.h"
 #include "tiles.h"
 
@@ -102,6 +102,25 @@ struct Avx2 {
     static I first(int count) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
     static F load_some(const float* p, int count) { return _mm256_maskload_ps(p, first(count)); }
     static void store_some(float* p, int count, F value) { _mm256_maskstore_ps(p, first(count), value); }
+
+    // Words in pairs, for bytes.h.
+    using Words = I;
+    using Pairs = I;
+    static Words words(const std::uint8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+    static Words pair(const std::int16_t* p) {
+        std::int32_t both;
+        std::memcpy(&both, p, 4);
+        return _mm256_set1_epi32(both);
+    }
+    static Pairs no_pairs() { return none(); }
+    static Pairs add_pairs(Pairs sum, Words a, Words b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+    static F from_pairs(Pairs sum) { return _mm256_cvtepi32_ps(sum); }
+    static F even(Words a) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a, 16), 16)); }
+    static F odd(Words a) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(a, 16)); }
+    static void store_words(std::int16_t* p, F value) {
+        const I whole = _mm256_cvtps_epi32(value), halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(whole, whole), 8);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(halves));
+    }
 
     // Eight rows of eight elements become columns.
     static void transpose(I (&m)[8]) {

@@ -2,7 +2,7 @@
 #include <immintrin.h>
 
 #include "activation.h"
-#include "attention.h"
+#include "bytes.h"
 #include "bits.h"
 #include "causal.h"
 #include "tiles.h"
@@ -101,6 +101,27 @@ struct Avx512Vnni {
     static F load_some(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
     static void store_some(float* p, int count, F value) { _mm512_mask_storeu_ps(p, first(count), value); }
 
+    // Words in pairs, for bytes.h.
+    using Words = I;
+    using Pairs = I;
+    static Words words(const std::uint8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+    static Words pair(const std::int16_t* p) {
+        std::int32_t both;
+        std::memcpy(&both, p, 4);
+        return _mm512_set1_epi32(both);
+    }
+    static Pairs no_pairs() { return none(); }
+    static Pairs add_pairs(Pairs sum, Words a, Words b) {
+        asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+        return sum;
+    }
+    static F from_pairs(Pairs sum) { return _mm512_cvtepi32_ps(sum); }
+    static F even(Words a) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a, 16), 16)); }
+    static F odd(Words a) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(a, 16)); }
+    static void store_words(std::int16_t* p, F value) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(value)));
+    }
+
     // Sixteen rows of sixteen elements become columns.
     static void transpose(I (&m)[16]) {
         I pairs[16], fours[16];
@@ -195,6 +216,6 @@ Kernel kernel(const Matrix& matrix, Batch batch) {
 }  // namespace
 
 const Isa kAvx512Vnni = {"avx512vnni", "AVX-512 VNNI", supported, kernel, activate, attend<Avx512Vnni>, mix<Avx512Vnni>,
-                         widen<Avx512Vnni>, attend_causally<Avx512Vnni>};
+                         widen_keys<Avx512Vnni>, widen_values<Avx512Vnni>, attend_causally<Avx512Vnni>};
 
 }  // namespace greenroom

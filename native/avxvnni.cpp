@@ -19,6 +19,11 @@ struct AvxVnni : Avx2 {
         return sum;
     }
 
+    static Pairs add_pairs(Pairs sum, Words a, Words b) {
+        asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+        return sum;
+    }
+
     template <int BITS>
     struct Packed : Avx2::Packed<BITS> {};
 
@@ -73,6 +78,6 @@ Kernel kernel(const Matrix& matrix, Batch batch) {
 }  // namespace
 
 const Isa kAvxVnni = {"avxvnni", "AVX2 VNNI", supported, kernel, activate, attend<AvxVnni>, mix<AvxVnni>,
-                      widen<AvxVnni>, attend_causally<AvxVnni>};
+                      widen_keys<AvxVnni>, widen_values<AvxVnni>, attend_causally<AvxVnni>};
 
 }  // namespace greenroom

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "activation.h"
-#include "halves.h"
+#include "cached.h"
 #include "matrix.h"
 
 namespace greenroom {
@@ -54,13 +54,6 @@ void multiply_tiles(const float* a, std::int64_t stride, std::int64_t step, int 
         }
 }
 
-template <class V>
-void widen(const std::uint8_t* halves, float* to, std::int64_t count) {
-    std::int64_t i = 0;
-    for (; i + V::kWidth <= count; i += V::kWidth) V::store(to + i, V::template from_halves<true>(halves + 2 * i));
-    for (; i < count; ++i) to[i] = float16_at(halves + 2 * i);
-}
-
 // Some positions' keys or values in float32: `from`, positions `stride` and dimensions `step` apart.
 struct Positions {
     const float* from;
@@ -70,17 +63,19 @@ struct Positions {
 template <class V>
 Positions tile_of_keys(const Queries& it, int start, int count, float* scratch) {
     if (it.cached_keys == nullptr) return {it.keys + start * it.key_stride, it.key_stride, 1};
-    for (int first = 0; first < count; first += kPositions) {
-        const std::uint8_t* block = it.cached_keys + 2 * static_cast<std::int64_t>(start + first) * it.key_dim;
-        for (int d = 0; d < it.key_dim; ++d) widen<V>(block + 2 * d * kPositions, scratch + d * kKeysAtOnce + first, kPositions);
-    }
+    const std::int64_t nbytes = cached_nbytes(it.key_dim, it.bits);
+    for (int first = 0; first < count; first += kPositions)
+        widen_keys<V>(it.cached_keys + (start + first) / kPositions * nbytes, it.key_dim, it.bits, 0, it.key_dim, scratch + first, kKeysAtOnce);
     return {scratch, 1, kKeysAtOnce};
 }
 
 template <class V>
 Positions tile_of_values(const Queries& it, int start, int count, float* scratch) {
     if (it.cached_values == nullptr) return {it.values + start * it.value_stride, it.value_stride, 1};
-    widen<V>(it.cached_values + 2 * static_cast<std::int64_t>(start) * it.value_dim, scratch, static_cast<std::int64_t>(count) * it.value_dim);
+    const std::int64_t nbytes = cached_nbytes(it.value_dim, it.bits);
+    for (int first = 0; first < count; first += kPositions)
+        widen_values<V>(it.cached_values + (start + first) / kPositions * nbytes, it.value_dim, it.bits,
+                        count - first < kPositions ? count - first : kPositions, scratch + first * it.value_dim);
     return {scratch, it.value_dim, 1};
 }
 

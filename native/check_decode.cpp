@@ -40,36 +40,67 @@ std::unique_ptr<T[]> array(std::int64_t count) {
     return std::unique_ptr<T[]>(new T[static_cast<std::size_t>(count)]());
 }
 
-// sharpness: how many times as far apart as usual scores are
-void check_attend(const Isa& isa, int heads, int key_dim, int value_dim, int first, int last, float sharpness = 1.0f) {
-    const int blocks = (last + kPositions - 1) / kPositions;
-    auto keys = array<std::uint16_t>(blocks * kPositions * key_dim), values = array<std::uint16_t>(last * value_dim);
-    std::vector<double> k(static_cast<std::size_t>(last * key_dim)), v(static_cast<std::size_t>(last * value_dim));
-    for (int p = 0; p < last; ++p) {
-        for (int d = 0; d < key_dim; ++d)
-            keys[(p / kPositions * key_dim + d) * kPositions + p % kPositions] = half(&k[static_cast<std::size_t>(p * key_dim + d)]);
-        for (int d = 0; d < value_dim; ++d) values[p * value_dim + d] = half(&v[static_cast<std::size_t>(p * value_dim + d)]);
+// Numbers of one position that a cache holds exactly in 16 and in 8 bits: up to 127 of each group's own power of two.
+void fill(float* x, int dim) {
+    for (int start = 0; start < dim; start += kCachedGroup) {
+        const int count = std::min(dim - start, kCachedGroup);
+        const float step = std::ldexp(1.0f, -6 - static_cast<int>(random_bits() % 3));
+        for (int i = 0; i < count; ++i) x[start + i] = step * static_cast<float>(static_cast<int>(random_bits() % 255) - 127);
+        x[start + static_cast<int>(random_bits() % 32) % count] = random_bits() % 2 ? 127.0f * step : -127.0f * step;
     }
+}
+
+// Keys [length, key_dim] and values [length, value_dim], and a cache of them in buffers that end where they may.
+struct Filled {
+    std::unique_ptr<float[]> keys, values;
+    std::unique_ptr<std::uint8_t[]> cached_keys, cached_values;
+
+    Filled(int length, int key_dim, int value_dim, int bits) : keys(array<float>(length * key_dim)), values(array<float>(length * value_dim)) {
+        const std::int64_t blocks = (length + kPositions - 1) / kPositions;
+        cached_keys = array<std::uint8_t>(blocks * cached_nbytes(key_dim, bits));
+        cached_values = array<std::uint8_t>(bits == 16 ? 2 * length * value_dim : blocks * cached_nbytes(value_dim, bits));
+        const KeyValues cache{cached_keys.get(), cached_values.get(), blocks * kPositions, bits, 0, 0};
+        for (int p = 0; p < length; ++p) {
+            fill(keys.get() + p * key_dim, key_dim), fill(values.get() + p * value_dim, value_dim);
+            put_key(cache, 0, p, keys.get() + p * key_dim, key_dim), put_value(cache, 0, p, values.get() + p * value_dim, value_dim);
+        }
+    }
+};
+
+// sharpness: how many times as far apart as usual scores are
+void check_attend(const Isa& isa, int bits, int heads, int key_dim, int value_dim, int first, int last, float sharpness = 1.0f) {
+    const Filled filled(last, key_dim, value_dim, bits);
+    const float *k = filled.keys.get(), *v = filled.values.get();
+    const int even_dim = key_dim + key_dim % 2;
     auto q = array<float>(heads * key_dim), out = array<float>(heads * value_dim), highest = array<float>(heads), sum = array<float>(heads);
-    for (int i = 0; i < heads * key_dim; ++i) q[i] = sharpness * number() / std::sqrt(static_cast<float>(key_dim));
-    isa.attend({q.get(), heads, key_dim, value_dim, reinterpret_cast<std::uint8_t*>(keys.get()),
-                reinterpret_cast<std::uint8_t*>(values.get()), first, last, out.get(), highest.get(), sum.get()});
+    auto words = array<std::int16_t>(even_dim * heads);
+    auto units = array<float>(heads);
+    for (int head = 0; head < heads; ++head) {
+        units[head] = sharpness / std::sqrt(static_cast<float>(key_dim)) / 32767.0f;
+        for (int d = 0; d < key_dim; ++d) {
+            const auto word = static_cast<std::int16_t>(d == head ? 32767 : static_cast<int>(random_bits() % 65535) - 32767);
+            words[(d / 2 * heads + head) * 2 + d % 2] = word, q[head * key_dim + d] = units[head] * word;
+        }
+    }
+    isa.attend({q.get(), words.get(), units.get(), 2 * heads, heads, key_dim, value_dim, bits, filled.cached_keys.get(), filled.cached_values.get(),
+                first, last, out.get(), highest.get(), sum.get()});
     double worst = 0.0;
     for (int head = 0; head < heads; ++head) {
         std::vector<double> mixed(static_cast<std::size_t>(value_dim));
         double total = 0.0;
         for (int p = first; p < last; ++p) {
             double score = 0.0;
-            for (int d = 0; d < key_dim; ++d) score += static_cast<double>(q[head * key_dim + d]) * k[static_cast<std::size_t>(p * key_dim + d)];
+            for (int d = 0; d < key_dim; ++d) score += static_cast<double>(q[head * key_dim + d]) * static_cast<double>(k[p * key_dim + d]);
             const double weight = std::exp(score - static_cast<double>(highest[head]));
             total += weight;
-            for (int d = 0; d < value_dim; ++d) mixed[static_cast<std::size_t>(d)] += weight * v[static_cast<std::size_t>(p * value_dim + d)];
+            for (int d = 0; d < value_dim; ++d) mixed[static_cast<std::size_t>(d)] += weight * static_cast<double>(v[p * value_dim + d]);
         }
         worst = std::max(worst, std::abs(total / static_cast<double>(sum[head]) - 1.0));
         for (int d = 0; d < value_dim; ++d)
             worst = std::max(worst, std::abs(mixed[static_cast<std::size_t>(d)] - static_cast<double>(out[head * value_dim + d])) / total);
     }
-    expect(worst < 1e-5 * static_cast<double>(sharpness), "attend", heads, last, isa.name);
+    const double rounded = bits == 8 ? 3e-5 * std::sqrt(last - first) : 0.0;  // weights have 15 bits there
+    expect(worst < 1e-5 * static_cast<double>(sharpness) + rounded, "attend", heads, last, isa.name);
 }
 
 void check_mix(const Isa& isa, int value_dim, int positions) {
@@ -90,26 +121,22 @@ void check_mix(const Isa& isa, int value_dim, int positions) {
     expect(worst < 1e-5 * positions, "mix", value_dim, positions, isa.name);
 }
 
-// A number that float16 has.
-float short_number() { return std::round(number() * 256.0f) / 256.0f; }
-
 // Rows of `tokens` tokens and `heads` heads over `position` keys before them, in buffers that end where they should.
-void check_causal(const Isa& isa, int tokens, int heads, int key_dim, int value_dim, int position, int window, bool sunk, bool cached) {
-    const int length = position + tokens, capacity = (length + kPositions - 1) / kPositions * kPositions;
-    auto q = array<float>(tokens * heads * key_dim), keys = array<float>(length * key_dim), values = array<float>(length * value_dim);
-    auto out = array<float>(tokens * heads * value_dim), sinks = array<float>(heads);
+// bits: of a cache, or 0 where there is none.
+void check_causal(const Isa& isa, int tokens, int heads, int key_dim, int value_dim, int position, int window, bool sunk, int bits) {
+    const bool cached = bits != 0;
+    const Filled filled(position + tokens, key_dim, value_dim, cached ? bits : 16);
+    const float *keys = filled.keys.get(), *values = filled.values.get();
+    const int length = position + tokens;
+    auto q = array<float>(tokens * heads * key_dim), out = array<float>(tokens * heads * value_dim), sinks = array<float>(heads);
     for (int i = 0; i < tokens * heads * key_dim; ++i) q[i] = 3.0f * number() / std::sqrt(static_cast<float>(key_dim));
-    for (int i = 0; i < length * key_dim; ++i) keys[i] = 4.0f * short_number();
-    for (int i = 0; i < length * value_dim; ++i) values[i] = short_number();
     for (int head = 0; head < heads; ++head) sinks[head] = 5.0f * number();
-    auto cached_keys = array<std::uint8_t>(2 * capacity * key_dim), cached_values = array<std::uint8_t>(2 * length * value_dim);
-    const KeyValues cache{cached_keys.get(), cached_values.get(), capacity, 0, 0};
-    for (int p = 0; p < length; ++p) put_key(cache, 0, p, keys.get() + p * key_dim, key_dim), put_value(cache, 0, p, values.get() + p * value_dim, value_dim);
     const std::size_t floats = static_cast<std::size_t>(Queries::scratch_floats(key_dim, value_dim) + 15) / 16 * 16;
     std::unique_ptr<float, void (*)(void*)> scratch(static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))), std::free);
-    isa.attend_causally({q.get(), tokens, heads, key_dim, value_dim, cached ? cached_keys.get() : nullptr, cached ? cached_values.get() : nullptr,
-                         cached ? nullptr : keys.get(), cached ? nullptr : values.get(), heads * key_dim, key_dim, value_dim,
-                         heads * value_dim, position, window, sunk ? sinks.get() : nullptr, out.get(), scratch.get()});
+    isa.attend_causally({q.get(), tokens, heads, key_dim, value_dim, cached ? filled.cached_keys.get() : nullptr,
+                         cached ? filled.cached_values.get() : nullptr, bits, cached ? nullptr : keys, cached ? nullptr : values,
+                         heads * key_dim, key_dim, value_dim, heads * value_dim, position, window, sunk ? sinks.get() : nullptr,
+                         out.get(), scratch.get()});
     double worst = 0.0, hidden = 0.0;  // the second: had each token seen the one after it, too
     for (int token = 0; token < tokens; ++token)
         for (int head = 0; head < heads; ++head) {
@@ -190,7 +217,7 @@ DecoderLayer latent(Memory& memory) {
     return layer;
 }
 
-std::vector<float> decode(const std::vector<DecoderLayer>& layers, const float* norm, int tokens, int threads) {
+std::vector<float> decode(const std::vector<DecoderLayer>& layers, const float* norm, int tokens, int threads, int bits) {
     std::vector<float> hidden(kWidth), normed(kWidth), outputs(3 * kWidth, 0.25f), seen;
     const float cosine[] = {1.0f, 0.5f, 0.25f, 0.0f}, sine[] = {0.0f, 0.5f, 0.75f, 1.0f};
     Decoder decoder(layers, kWidth, hidden.data(), normed.data());
@@ -201,11 +228,11 @@ std::vector<float> decode(const std::vector<DecoderLayer>& layers, const float* 
     for (int token = 0; token < tokens; ++token) {
         for (int i = 0; i < kWidth; ++i) hidden[static_cast<std::size_t>(i)] = static_cast<float>((token * 7 + i * 3) % 11 - 5);
         const std::int64_t first = token > 100 ? token - 70 : 0;
-        const Chosen chosen = decoder.attend(0, {bytes(keys), bytes(values), capacity, first, token}, cosine, sine, threads);
+        const Chosen chosen = decoder.attend(0, {bytes(keys), bytes(values), capacity, bits, first, token}, cosine, sine, threads);
         for (int expert : decoder.foresee(0, 1 + token % 20, threads)) seen.push_back(static_cast<float>(expert));
         decoder.shared(0, threads);
         decoder.combine(0, outputs.data(), chosen.weights);
-        decoder.attend(1, {bytes(more_keys), bytes(more_values), capacity, 0, token}, cosine, sine, threads);
+        decoder.attend(1, {bytes(more_keys), bytes(more_values), capacity, bits, 0, token}, cosine, sine, threads);
         decoder.finish({norm, 1e-5f});
         seen.insert(seen.end(), normed.begin(), normed.end());
     }
@@ -234,7 +261,7 @@ std::vector<float> walk(const std::vector<DecoderLayer>& layers, const Records& 
     const auto see = [&](const std::vector<float>& numbers) { seen.insert(seen.end(), numbers.begin(), numbers.end()); };
     for (int token = 0; token < tokens; ++token) {
         for (int i = 0; i < kWidth; ++i) hidden[static_cast<std::size_t>(i)] = static_cast<float>((token * 7 + i * 3) % 11 - 5);
-        const std::vector<KeyValues> caches{{bytes(0), bytes(1), kPositions, 0, token}, {bytes(2), bytes(3), kPositions, 0, token}};
+        const std::vector<KeyValues> caches{{bytes(0), bytes(1), kPositions, 16, 0, token}, {bytes(2), bytes(3), kPositions, 16, 0, token}};
         for (std::size_t layer = 0; layer < layers.size();) {
             if (there != nullptr) {
                 std::vector<Records> places{*there, {}};
@@ -286,30 +313,30 @@ void check_walk(const Isa& isa, const std::vector<DecoderLayer>& layers, Memory&
     expect(walk(layers, records, &others, 9, 1) != want, "decoder: other experts give other numbers", 1, 0, isa.name);
 }
 
-std::vector<float> prompt(const std::vector<DecoderLayer>& layers, int tokens, int threads) {
+std::vector<float> prompt(const std::vector<DecoderLayer>& layers, int tokens, int threads, int bits) {
     std::vector<float> hidden(static_cast<std::size_t>(tokens * kWidth)), normed(hidden.size()), outputs(hidden.size(), 0.25f);
     std::vector<float> cosine(static_cast<std::size_t>(tokens * kRotary / 2), 0.5f), sine(cosine.size(), 0.75f);
     for (std::size_t i = 0; i < hidden.size(); ++i) hidden[i] = static_cast<float>(i * 7 % 11) - 5.0f;
     Prompt prompt(layers, kWidth, tokens, hidden.data(), normed.data(), cosine.data(), sine.data(), true);
     const std::int64_t before = 3, capacity = (before + tokens + kPositions - 1) / kPositions * kPositions;
-    auto keys = array<std::uint8_t>(2 * capacity * kKvHeads * kDim), values = array<std::uint8_t>(2 * capacity * kKvHeads * kDim);
-    auto latents = array<std::uint8_t>(2 * capacity * kLatent), both = array<std::uint8_t>(2 * capacity * (kLatent + kRotary));
+    const auto cached = [&](int heads, int dim) { return array<std::uint8_t>(heads * capacity / kPositions * cached_nbytes(dim, bits)); };
+    auto keys = cached(kKvHeads, kDim), values = cached(kKvHeads, kDim), latents = cached(1, kLatent), both = cached(1, kLatent + kRotary);
     auto experts = array<std::int64_t>(tokens * 3);
     auto weights = array<float>(tokens * 3);
-    prompt.attend(0, {keys.get(), values.get(), capacity, 0, before}, 20, experts.get(), weights.get(), threads);
+    prompt.attend(0, {keys.get(), values.get(), capacity, bits, 0, before}, 20, experts.get(), weights.get(), threads);
     prompt.combine(0, outputs.data(), threads);
-    prompt.attend(1, {both.get(), latents.get(), capacity, 0, before}, 0, nullptr, nullptr, threads);
+    prompt.attend(1, {both.get(), latents.get(), capacity, bits, 0, before}, 0, nullptr, nullptr, threads);
     hidden.insert(hidden.end(), weights.get(), weights.get() + tokens * 3);
     return hidden;
 }
 
-void check_prompt(const Isa& isa, const std::vector<DecoderLayer>& layers) {
+void check_prompt(const Isa& isa, const std::vector<DecoderLayer>& layers, int bits) {
     for (int tokens : {2, 33, 150}) {
-        const std::vector<float> want = prompt(layers, tokens, 1);
+        const std::vector<float> want = prompt(layers, tokens, 1, bits);
         bool finite = true;
         for (float value : want) finite = finite && std::isfinite(value);
         expect(finite, "prompt: finite", tokens, 0, isa.name);
-        for (int threads : {2, 3}) expect(prompt(layers, tokens, threads) == want, "prompt: the same bits", tokens, threads, isa.name);
+        for (int threads : {2, 3}) expect(prompt(layers, tokens, threads, bits) == want, "prompt: the same bits", tokens, threads, isa.name);
     }
 }
 
@@ -319,12 +346,14 @@ void check_decoder(const Isa& isa) {
     for (DecoderLayer& layer : layers)
         layer.before_attention = {memory.vector(kWidth), 1e-5f}, layer.before_mlp = {memory.vector(kWidth), 1e-5f};
     const float* norm = memory.vector(kWidth);
-    const std::vector<float> want = decode(layers, norm, 1100, 1);
-    bool finite = true;
-    for (float value : want) finite = finite && std::isfinite(value);
-    expect(finite, "decoder: finite", 0, 0, isa.name);
-    for (int threads : {2, 3}) expect(decode(layers, norm, 1100, threads) == want, "decoder: the same bits", threads, 0, isa.name);
-    check_prompt(isa, layers);
+    for (int bits : {16, 8}) {
+        const std::vector<float> want = decode(layers, norm, 1100, 1, bits);
+        bool finite = true;
+        for (float value : want) finite = finite && std::isfinite(value);
+        expect(finite, "decoder: finite", bits, 0, isa.name);
+        for (int threads : {2, 3}) expect(decode(layers, norm, 1100, threads, bits) == want, "decoder: the same bits", threads, bits, isa.name);
+        check_prompt(isa, layers, bits);
+    }
     check_walk(isa, layers, memory);
 }
 
@@ -333,18 +362,22 @@ void check_decoder(const Isa& isa) {
 int main() {
     for (const Isa* isa : available()) {
         choose(isa->name);
-        for (int heads : {1, 3, 4, 7, 16})
-            for (int last : {1, 31, 32, 33, 200, kSpan}) check_attend(*isa, heads, 24, 20, 0, last);
-        check_attend(*isa, 8, 128, 128, 17, 490);
-        check_attend(*isa, 16, 72, 64, 511, kSpan);
-        check_attend(*isa, 13, 128, 128, 0, kSpan, 300.0f);  // most weights are nothing
+        for (int bits : {16, 8}) {
+            for (int heads : {1, 3, 4, 7, 16})
+                for (int last : {1, 31, 32, 33, 200, kSpan}) check_attend(*isa, bits, heads, 24, 20, 0, last);
+            check_attend(*isa, bits, 8, 128, 128, 17, 490);
+            check_attend(*isa, bits, 16, 72, 64, 511, kSpan);
+            check_attend(*isa, bits, 2, 33, 37, 40, 70);
+            check_attend(*isa, bits, 13, 128, 128, 0, kSpan, 300.0f);  // most weights are nothing
+        }
         for (int value_dim : {4, 16, 33, 512})
             for (int positions : {1, 19, 32, 33, 600}) check_mix(*isa, value_dim, positions);
-        for (bool cached : {false, true}) {
-            for (int heads : {1, 5, 8}) check_causal(*isa, 64 / heads, heads, 24, 20, heads * 30, 0, heads == 5, cached);
-            check_causal(*isa, 1, 64, 128, 128, 0, 0, false, cached);
-            check_causal(*isa, 9, 3, 7, 13, 300, 20, true, cached);
-            check_causal(*isa, 40, 1, 8, 8, 100, 3, false, cached);
+        for (int bits : {0, 16, 8}) {
+            for (int heads : {1, 5, 8}) check_causal(*isa, 64 / heads, heads, 24, 20, heads * 30, 0, heads == 5, bits);
+            check_causal(*isa, 1, 64, 128, 128, 0, 0, false, bits);
+            check_causal(*isa, 9, 3, 7, 13, 300, 20, true, bits);
+            check_causal(*isa, 40, 1, 8, 8, 100, 3, false, bits);
+            check_causal(*isa, 4, 2, 72, 64, 40, 0, false, bits);
         }
         check_decoder(*isa);
     }

@@ -9,17 +9,42 @@
 namespace greenroom {
 namespace {
 
-constexpr std::int64_t kAloneNbytes = 64 << 10;  // of cache: below, waking a thread takes longer
+constexpr std::int64_t kAloneNbytes = 64 << 10;   // of cache: below, waking a thread takes longer
+constexpr std::int64_t kAloneNumbers = 16 << 10;  // of queries
+
+// x [count] in whole numbers below 2^15, two by two `stride` apart, which times what is returned are x.
+float to_words(const float* x, int count, std::int16_t* words, std::int64_t stride) {
+    float largest = 0.0f;
+    for (int i = 0; i < count; ++i) {
+        const float magnitude = std::abs(x[i]);
+        if (!(magnitude <= largest) && largest == largest) largest = magnitude;  // no number stays none
+    }
+    const bool usable = largest > 0.0f && std::isfinite(largest);
+    for (int i = 0; i < count; ++i) {
+        const float word = usable ? x[i] * (32767.0f / largest) + kWhole - kWhole : 0.0f;
+        words[i / 2 * stride + i % 2] = static_cast<std::int16_t>(word);
+    }
+    return largest / 32767.0f;
+}
 
 // The attention of all query heads over first <= p <= length. Spans are cut by position alone, and put together in
 // their order, so that the number of threads never shows.
 void attend_all(const float* q, int heads, int kv_heads, int key_dim, int value_dim, const float* sinks,
-                const KeyValues& cache, std::vector<float>& partial, float* out, int threads) {
+                const KeyValues& cache, AttentionScratch& scratch, float* out, int threads) {
     const std::int64_t last = cache.length + 1, first_span = cache.first / kSpan, spans = (last + kSpan - 1) / kSpan - first_span;
     const int group = heads / kv_heads, slices = (group + kHeadsAtOnce - 1) / kHeadsAtOnce;
     const std::int64_t size = value_dim + 2;  // a head's sums over a span, then highest and sum
-    partial.resize(static_cast<std::size_t>(spans * heads * size));
-    float* sums = partial.data();
+    const std::int64_t key_nbytes = cached_nbytes(key_dim, cache.bits), value_nbytes = cached_nbytes(value_dim, cache.bits);
+    const std::int64_t stride = 2 * heads;
+    if (cache.bits == 8) {
+        scratch.words.assign(static_cast<std::size_t>((key_dim + 1) / 2 * stride), 0);
+        scratch.units.resize(static_cast<std::size_t>(heads));
+        parallel_for(heads, heads * key_dim < kAloneNumbers ? 1 : threads, [&](std::int64_t head) {
+            std::int16_t* words = scratch.words.data() + 2 * head;
+            scratch.units[static_cast<std::size_t>(head)] = to_words(q + head * key_dim, key_dim, words, stride);
+        });
+    }
+    float* sums = sized(scratch.partial, spans * heads * size);
     float* highest = sums + spans * heads * value_dim;
     float* total = highest + spans * heads;
     const auto body = [&](std::int64_t item) {
@@ -28,16 +53,17 @@ void attend_all(const float* q, int heads, int kv_heads, int key_dim, int value_
         const std::int64_t head = kv_head * group + slice * kHeadsAtOnce, at = number * heads + head;
         Span span;
         span.q = q + head * key_dim;
+        if (cache.bits == 8) span.words = scratch.words.data() + 2 * head, span.units = scratch.units.data() + head;
         span.heads = static_cast<int>(std::min<std::int64_t>(kHeadsAtOnce, (kv_head + 1) * group - head));
-        span.key_dim = key_dim, span.value_dim = value_dim;
-        span.keys = cache.keys + 2 * (kv_head * cache.capacity + start) * key_dim;
-        span.values = cache.values + 2 * (kv_head * cache.capacity + start) * value_dim;
+        span.stride = stride, span.key_dim = key_dim, span.value_dim = value_dim, span.bits = cache.bits;
+        span.keys = cache.keys + kv_head * cache.head_nbytes(key_dim) + start / kPositions * key_nbytes;
+        span.values = cache.values + kv_head * cache.head_nbytes(value_dim) + start / kPositions * value_nbytes;
         span.first = static_cast<int>(std::max<std::int64_t>(cache.first - start, 0));
         span.last = static_cast<int>(std::min<std::int64_t>(last - start, kSpan));
         span.out = sums + at * value_dim, span.highest = highest + at, span.sum = total + at;
         active().attend(span);
     };
-    const std::int64_t nbytes = 2 * (last - cache.first) * kv_heads * (key_dim + value_dim);
+    const std::int64_t nbytes = (last - cache.first) / kPositions * kv_heads * (key_nbytes + value_nbytes);
     parallel_for(spans * slices * kv_heads, nbytes < kAloneNbytes ? 1 : threads, body);
 
     for (int head = 0; head < heads; ++head) {
@@ -106,7 +132,7 @@ const float* Decoder::attention(const Attention& it, const KeyValues& cache, con
         put_value(cache, head, cache.length, v + head * dim, dim);
     }
     float* mixed = sized(c_, it.heads * dim);
-    attend_all(q, it.heads, it.kv_heads, dim, dim, it.sinks, cache, partial_, mixed, threads);
+    attend_all(q, it.heads, it.kv_heads, dim, dim, it.sinks, cache, scratch_, mixed, threads);
     multiply(it.output, mixed, projected_.data(), threads);
     return projected_.data();
 }
@@ -143,7 +169,7 @@ const float* Decoder::latent_attention(const LatentAttention& it, const KeyValue
         std::copy_n(from + it.nope_dim, it.rotary_dim, to + it.latent_dim);
         for (int i = 0; i < key_dim; ++i) to[i] *= it.scale;
     });
-    attend_all(absorbed, it.heads, 1, key_dim, it.latent_dim, nullptr, cache, partial_, mixed, threads);
+    attend_all(absorbed, it.heads, 1, key_dim, it.latent_dim, nullptr, cache, scratch_, mixed, threads);
     float* values = sized(a_, it.heads * it.value_dim);
     parallel_for(it.heads, threads, [&](std::int64_t head) {
         active().mix(it.value_up + 2 * head * it.latent_dim * it.value_dim, it.value_dim, mixed + head * it.latent_dim,

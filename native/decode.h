@@ -47,6 +47,12 @@ struct Walked {
 // since all that was chosen is there now.
 using Lacks = std::function<bool(std::size_t layer, const Chosen& chosen, const std::vector<Foreseen>& foreseen)>;
 
+// What attention works in.
+struct AttentionScratch {
+    std::vector<float> partial, units;
+    std::vector<std::int16_t> words;
+};
+
 class Decoder {
 public:
     // hidden, normed: [width], the caller's: the residual stream, and what routers and experts see
@@ -92,7 +98,8 @@ private:
     std::int64_t width_;
     float *hidden_, *normed_;
     std::vector<Passed> passed_;
-    std::vector<float> a_, b_, c_, partial_, projected_, shared_, logits_;
+    std::vector<float> a_, b_, c_, projected_, shared_, logits_;
+    AttentionScratch scratch_;
     bool corrected_ = false;  // whether `logits_` are of a router with a correction
 };
 

@@ -92,15 +92,22 @@ Decoder decoder_of(std::vector<DecoderLayer> layers, std::int64_t width, std::ui
     return {std::move(layers), width, pointer<float>(hidden), pointer<float>(normed)};
 }
 
+// A layer's cache with room for `more` tokens.
+KeyValues cache_of(std::uintptr_t keys, std::uintptr_t values, std::int64_t capacity, int bits, std::int64_t first,
+                   std::int64_t length, std::int64_t more) {
+    check(bits == 16 || bits == 8, "not a width of what is cached");
+    check(first >= 0 && first <= length && length <= capacity - more && capacity <= INT32_MAX && capacity % kPositions == 0, "the cache is full");
+    return {pointer<std::uint8_t>(keys), pointer<std::uint8_t>(values), capacity, bits, first, length};
+}
+
 std::pair<std::vector<int>, std::vector<float>> attend(Decoder& decoder, std::size_t layer, std::uintptr_t keys,
-                                                       std::uintptr_t values, std::int64_t capacity, std::int64_t first,
-                                                       std::int64_t length, std::uintptr_t cosine, std::uintptr_t sine,
-                                                       int threads) {
+                                                       std::uintptr_t values, std::int64_t capacity, int bits,
+                                                       std::int64_t first, std::int64_t length, std::uintptr_t cosine,
+                                                       std::uintptr_t sine, int threads) {
     check(layer < decoder.layers().size(), "no such layer");
-    check(first >= 0 && first <= length && length < capacity && capacity % kPositions == 0, "the cache is full");
+    const KeyValues cache = cache_of(keys, values, capacity, bits, first, length, 1);
     nb::gil_scoped_release release;
-    Chosen chosen = decoder.attend(layer, {pointer<std::uint8_t>(keys), pointer<std::uint8_t>(values), capacity, first, length},
-                                   pointer<const float>(cosine), pointer<const float>(sine), threads);
+    Chosen chosen = decoder.attend(layer, cache, pointer<const float>(cosine), pointer<const float>(sine), threads);
     return {std::move(chosen.experts), std::move(chosen.weights)};
 }
 
@@ -121,19 +128,17 @@ struct AllRecords {
     std::vector<Records> layers;
 };
 
-// The caches of all layers of a decoder: keys, values, capacity, first and length of each.
+// The caches of all layers of a decoder: keys, values, capacity, bits, first and length of each.
 struct Caches {
     std::vector<KeyValues> layers;
 };
 
-using CacheTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
+using CacheTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, int, std::int64_t, std::int64_t>;
 
 Caches caches_of(const std::vector<CacheTuple>& layers) {
     Caches found;
-    for (const auto& [keys, values, capacity, first, length] : layers) {
-        check(first >= 0 && first <= length && length < capacity && capacity % kPositions == 0, "the cache is full");
-        found.layers.push_back({pointer<std::uint8_t>(keys), pointer<std::uint8_t>(values), capacity, first, length});
-    }
+    for (const auto& [keys, values, capacity, bits, first, length] : layers)
+        found.layers.push_back(cache_of(keys, values, capacity, bits, first, length, 1));
     return found;
 }
 
@@ -172,11 +177,10 @@ std::vector<std::tuple<std::size_t, std::vector<int>, std::vector<float>, std::v
 }
 
 void attend_all(Prompt& prompt, std::size_t layer, std::uintptr_t keys, std::uintptr_t values, std::int64_t capacity,
-                std::int64_t length, std::int64_t window, std::uintptr_t experts, std::uintptr_t weights, int threads) {
+                int bits, std::int64_t length, std::int64_t window, std::uintptr_t experts, std::uintptr_t weights, int threads) {
     check(layer < prompt.layers(), "no such layer");
-    check(length >= 0 && length <= capacity - prompt.count() && capacity <= INT32_MAX && capacity % kPositions == 0, "the cache is full");
     check(window >= 0, "not a number of positions");
-    prompt.attend(layer, {pointer<std::uint8_t>(keys), pointer<std::uint8_t>(values), capacity, 0, length}, window,
+    prompt.attend(layer, cache_of(keys, values, capacity, bits, 0, length, prompt.count()), window,
                   pointer<std::int64_t>(experts), pointer<float>(weights), threads);
 }
 
@@ -332,4 +336,5 @@ void bind_decoder(nb::module_& module) {
         .def("combine", &combine_all, nb::call_guard<nb::gil_scoped_release>());
     module.def("token", &token);
     module.attr("BLOCK") = kPositions;
+    module.attr("GROUP") = kCachedGroup;
 }

@@ -4,8 +4,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "matrix.h"
-
 namespace greenroom {
 namespace {
 
@@ -41,11 +39,53 @@ std::uint16_t to_half(float value) {
     return static_cast<std::uint16_t>(sign | (bits - 0x38000000u) >> 13);
 }
 
-void put_halves(std::uint8_t* to, std::int64_t step, const float* x, std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) {
+// x [dim] into halves `step` apart.
+void put_halves(std::uint8_t* to, std::int64_t step, const float* x, std::int64_t dim) {
+    for (std::int64_t i = 0; i < dim; ++i) {
         const std::uint16_t half = to_half(x[i]);
         std::memcpy(to + 2 * i * step, &half, 2);
     }
+}
+
+// The nearest bfloat16, of two the even one, and its bits.
+float to_bfloat16(float value, std::uint16_t* half) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (value == value) bits += 0x7fffu + (bits >> 16 & 1u);
+    *half = static_cast<std::uint16_t>(bits >> 16);
+    bits &= 0xffff0000u;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// x [dim] into bytes, `step` from one to the next of two and `two_step` from two to two, and the scale of each group
+// kPositions apart: its largest number is 127 of it.
+void put_bytes(std::uint8_t* to, std::int64_t step, std::int64_t two_step, std::uint8_t* scales, const float* x,
+               std::int64_t dim) {
+    for (std::int64_t start = 0; start < dim; start += kCachedGroup, scales += 2 * kPositions) {
+        const std::int64_t end = std::min<std::int64_t>(start + kCachedGroup, dim);
+        float largest = 0.0f;
+        for (std::int64_t i = start; i < end; ++i) {
+            const float magnitude = std::min(std::abs(x[i]), 65504.0f);
+            if (!(magnitude <= largest) && largest == largest) largest = magnitude;  // no number stays none
+        }
+        std::uint16_t half;
+        const float scale = to_bfloat16(largest / 127.0f, &half);
+        std::memcpy(scales, &half, 2);
+        for (std::int64_t i = start; i < end; ++i) {
+            const float code = scale > 0.0f ? std::clamp(x[i] / scale, -127.0f, 127.0f) : 0.0f;
+            to[i / 2 * two_step + i % 2 * step] = static_cast<std::uint8_t>(static_cast<std::int32_t>(code + kWhole - kWhole));
+        }
+    }
+}
+
+// The block of a position, all of a head's number of dimensions.
+std::int64_t block_offset(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, std::int64_t dim) {
+    return kv_head * cache.head_nbytes(dim) + position / kPositions * cached_nbytes(dim, cache.bits);
+}
+
+std::uint8_t* scales_at(std::uint8_t* block, std::int64_t dim, std::int64_t lane) {
+    return block + kPositions * (dim + dim % 2) + 2 * lane;
 }
 
 void normalize_heads(const Norm& norm, float* x, int heads, int dim, bool each) {
@@ -151,13 +191,18 @@ std::vector<int> ranked(const Router& it, float* logits, int count) {
     return largest(preferences(it, logits).data(), experts, std::min(count, experts));
 }
 
-void put_key(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t key_dim) {
-    const std::int64_t lane = position % kPositions, block = kv_head * cache.capacity + position - lane;
-    put_halves(cache.keys + 2 * (block * key_dim + lane), kPositions, x, key_dim);
+void put_key(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t dim) {
+    const std::int64_t lane = position % kPositions;
+    std::uint8_t* block = cache.keys + block_offset(cache, kv_head, position, dim);
+    if (cache.bits == 16) put_halves(block + 2 * lane, kPositions, x, dim);
+    else put_bytes(block + 2 * lane, 1, 2 * kPositions, scales_at(block, dim, lane), x, dim);
 }
 
-void put_value(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t count) {
-    put_halves(cache.values + 2 * (kv_head * cache.capacity + position) * count, 1, x, count);
+void put_value(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t dim) {
+    const std::int64_t lane = position % kPositions;
+    std::uint8_t* block = cache.values + block_offset(cache, kv_head, position, dim);
+    if (cache.bits == 16) put_halves(block + 2 * lane * dim, 1, x, dim);
+    else put_bytes(block + lane / 2 * 2 * dim + lane % 2, 2, 4, scales_at(block, dim, lane), x, dim);
 }
 
 float* sized(std::vector<float>& buffer, std::int64_t count) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "compute.h"
+#include "matrix.h"
 
 namespace greenroom {
 
@@ -83,12 +84,15 @@ struct DecoderLayer {
     std::optional<Mlp> mlp;        // the dense or the shared one
 };
 
-// One layer's cache of one sequence, float16, as Span wants it: keys [kv_heads, capacity / kPositions, key_dim,
-// kPositions], values [kv_heads, capacity, value_dim]. Positions first <= p < length are visible; what comes next is put
-// at `length` and after, below capacity.
+// One layer's cache of one sequence, keys and values as Span wants them: [kv_heads, capacity / kPositions] blocks in 16 or
+// 8 bits. Positions first <= p < length are visible; what comes next is put at `length` and after, below capacity.
 struct KeyValues {
     std::uint8_t *keys, *values;
-    std::int64_t capacity, first, length;
+    std::int64_t capacity;
+    int bits;
+    std::int64_t first, length;
+
+    std::int64_t head_nbytes(std::int64_t dim) const { return capacity / kPositions * cached_nbytes(dim, bits); }
 };
 
 // The experts of one token.
@@ -113,10 +117,13 @@ Chosen choose(const Router& it, float* logits);
 // As many experts as there are, but at most `count`, likeliest first; logits become scores.
 std::vector<int> ranked(const Router& it, float* logits, int count);
 
-// A head's key [key_dim] or value [count] into the cache, rounded to float16, to nearest, ties to even. What is larger
-// than float16 becomes its largest number, and no number stays none.
-void put_key(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t key_dim);
-void put_value(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t count);
+// Plus this and less it again, numbers below 2^22 are whole ones, the nearest, of two the even one.
+constexpr float kWhole = 0x1.8p23f;
+
+// A head's key or value [dim] into the cache, rounded to nearest, ties to even. What is larger than float16 becomes its
+// largest number, and no number stays none; with 8 bits none of its group is one then.
+void put_key(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t dim);
+void put_value(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t dim);
 
 // A scratch buffer's numbers, which are `count` at least.
 float* sized(std::vector<float>& buffer, std::int64_t count);

@@ -47,17 +47,34 @@ using RowsFunction = void (*)(const Matrix& matrix, std::int64_t first, std::int
 using Activate = void (*)(const Gate& gate, const float* first, const float* up, std::int64_t step, float* to,
                           std::int64_t count);
 
-// Cached keys and values of one key-value head, and the query heads that read them: positions first <= p < last of a
-// span that starts at a block. keys: float16 [blocks, key_dim, kPositions], readable up to the end of the last block;
-// values: float16 [positions, value_dim]; q: [heads, key_dim], scaled.
+// Cached keys and values of one key-value head lie in blocks of kPositions positions.
+// In 16 bits: float16, of keys [dim, kPositions], of values [kPositions, dim].
+// In 8 bits: signed bytes, of keys [dim / 2, kPositions, 2], an odd dim filled up with a 0, of values [kPositions / 2, dim,
+// 2]; then bfloat16 scales [groups, kPositions], one for each kCachedGroup numbers of a position.
+constexpr int kPositions = 32, kCachedGroup = 32;
+
+inline std::int64_t cached_nbytes(std::int64_t dim, int bits) {  // of a block
+    return kPositions * (bits == 16 ? 2 * dim : dim + dim % 2 + 2 * ((dim + kCachedGroup - 1) / kCachedGroup));
+}
+
+inline const std::uint8_t* cached_scales(const std::uint8_t* block, int dim, int number) {  // 8 bits: of a number's group
+    return block + kPositions * (dim + dim % 2 + 2 * (number / kCachedGroup));
+}
+
+// Cached keys and values, and the query heads that read them: positions first <= p < last of a span that starts at a
+// block, readable up to the end of the last block, but values in 16 bits no further than the last position.
+// q: [heads, key_dim], scaled. For 8 bits words: [key_dim / 2, heads, 2], rows `stride` apart, an odd dim filled up with a
+// 0: whole numbers below 2^15, which times units [heads] are q.
 // Gives, per head, sum of e^(score - highest) times the values in out [heads, value_dim], and highest and the sum.
-constexpr int kPositions = 32;  // positions in a block of keys
 constexpr int kSpan = 512;      // positions in a span
 constexpr int kHeadsAtOnce = 16;  // query heads of a Span, at most
 
 struct Span {
     const float* q;
-    int heads, key_dim, value_dim;
+    const std::int16_t* words;
+    const float* units;
+    std::int64_t stride;
+    int heads, key_dim, value_dim, bits;
     const std::uint8_t *keys, *values;
     int first, last;
     float *out, *highest, *sum;
@@ -67,8 +84,10 @@ using Attend = void (*)(const Span& span);
 // out [value_dim] = sum of weights[p] * values[p]; values: float16 [positions, value_dim]
 using Mix = void (*)(const std::uint8_t* values, int value_dim, const float* weights, int positions, float* out);
 
-// to[i] = halves[i], float16
-using Widen = void (*)(const std::uint8_t* halves, float* to, std::int64_t count);
+// A block's numbers in float32: of keys, dimensions first <= d < last, to [last - first, kPositions], rows `stride`
+// apart; of values, its first positions, to [positions, dim].
+using WidenKeys = void (*)(const std::uint8_t* block, int dim, int bits, int first, int last, float* to, std::int64_t stride);
+using WidenValues = void (*)(const std::uint8_t* block, int dim, int bits, int positions, float* to);
 
 // Causal attention of up to kRows rows, a row being one query head of one token, to the key-value head they share, in
 // float32. Token t stands at place `position + t` among the keys, and sees the last `window` up to its own (0: all).
@@ -82,6 +101,7 @@ struct Queries {
     const float* q;  // [tokens, heads, key_dim], tokens q_stride apart, scaled
     int tokens, heads, key_dim, value_dim;
     const std::uint8_t *cached_keys, *cached_values;  // or null
+    int bits;                                         // of what is cached
     const float *keys, *values;
     std::int64_t q_stride, key_stride, value_stride, out_stride;
     std::int64_t position, window;
@@ -113,7 +133,8 @@ struct Isa {
     Activate activate;
     Attend attend;
     Mix mix;
-    Widen widen;
+    WidenKeys widen_keys;
+    WidenValues widen_values;
     AttendCausally attend_causally;
 };
 

@@ -8,7 +8,7 @@
 
 #define GREENROOM_UNROLL _Pragma("GCC unroll 4")  // shifts and lanes are parts of instructions
 #include "activation.h"
-#include "attention.h"
+#include "bytes.h"
 #include "causal.h"
 #include "tiles.h"
 
@@ -106,6 +106,24 @@ struct Neon {
         for (int i = 0; i < count; ++i) p[i] = value[i];
     }
 
+    // Words in pairs, for bytes.h; sums of pairs are apart until they are asked for.
+    using Words = int16x8_t;
+    using Pairs = int32x4x2_t;
+    static Words words(const std::uint8_t* p) { return vmovl_s8(vreinterpret_s8_u8(vld1_u8(p))); }
+    static Words pair(const std::int16_t* p) {
+        std::int32_t both;
+        std::memcpy(&both, p, 4);
+        return vreinterpretq_s16_s32(vdupq_n_s32(both));
+    }
+    static Pairs no_pairs() { return {{none(), none()}}; }
+    static Pairs add_pairs(Pairs sum, Words a, Words b) {
+        return {{vmlal_s16(sum.val[0], vget_low_s16(a), vget_low_s16(b)), vmlal_high_s16(sum.val[1], a, b)}};
+    }
+    static F from_pairs(Pairs sum) { return vcvtq_f32_s32(vpaddq_s32(sum.val[0], sum.val[1])); }
+    static F even(Words a) { return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vuzp1q_s16(a, a)))); }
+    static F odd(Words a) { return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vuzp2q_s16(a, a)))); }
+    static void store_words(std::int16_t* p, F value) { vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(value))); }
+
     // Four rows of four elements become columns.
     static void transpose(I (&m)[4]) {
         int64x2_t pairs[4];
@@ -199,6 +217,6 @@ Kernel kernel(const Matrix& matrix, Batch batch) {
 
 }  // namespace
 
-const Isa kNeon = {"neon", "Arm NEON", supported, kernel, activate, attend<Neon>, mix<Neon>, widen<Neon>, attend_causally<Neon>};
+const Isa kNeon = {"neon", "Arm NEON", supported, kernel, activate, attend<Neon>, mix<Neon>, widen_keys<Neon>, widen_values<Neon>, attend_causally<Neon>};
 
 }  // namespace greenroom

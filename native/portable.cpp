@@ -1,6 +1,8 @@
 // Any machine: four lanes that the compiler maps to what it has.
+#include <cmath>
+
 #include "activation.h"
-#include "attention.h"
+#include "bytes.h"
 #include "causal.h"
 #include "rows.h"
 
@@ -41,6 +43,47 @@ struct Portable {
         return F{bfloat16_at(p), bfloat16_at(p + 2), bfloat16_at(p + 4), bfloat16_at(p + 6)};
     }
 
+    // Words in pairs, for bytes.h.
+    struct Words {
+        std::int16_t at[2 * kWidth];
+    };
+    struct Pairs {
+        std::int32_t at[kWidth];
+    };
+    static Words words(const std::uint8_t* p) {
+        Words a;
+        for (int i = 0; i < 2 * kWidth; ++i) a.at[i] = static_cast<std::int8_t>(p[i]);
+        return a;
+    }
+    static Words pair(const std::int16_t* p) {
+        Words a;
+        for (int i = 0; i < 2 * kWidth; ++i) a.at[i] = p[i % 2];
+        return a;
+    }
+    static Pairs no_pairs() { return {}; }
+    static Pairs add_pairs(Pairs sum, Words a, Words b) {
+        for (int i = 0; i < kWidth; ++i) sum.at[i] += a.at[2 * i] * b.at[2 * i] + a.at[2 * i + 1] * b.at[2 * i + 1];
+        return sum;
+    }
+    static F from_pairs(Pairs sum) {
+        F value;
+        for (int i = 0; i < kWidth; ++i) value[i] = static_cast<float>(sum.at[i]);
+        return value;
+    }
+    static F even(Words a) {
+        F value;
+        for (int i = 0; i < kWidth; ++i) value[i] = a.at[2 * i];
+        return value;
+    }
+    static F odd(Words a) {
+        F value;
+        for (int i = 0; i < kWidth; ++i) value[i] = a.at[2 * i + 1];
+        return value;
+    }
+    static void store_words(std::int16_t* p, F value) {
+        for (int i = 0; i < kWidth; ++i) p[i] = value[i] == value[i] ? static_cast<std::int16_t>(std::nearbyint(value[i])) : 0;
+    }
+
     template <int BITS, int SUB>
     static void unpack(const std::uint8_t* p, const float* scale, const float* offset, F* weights) {
         constexpr int low = BITS == 3 ? 2 : BITS;    // bits that lie as shifted lanes
@@ -63,6 +106,6 @@ Kernel kernel(const Matrix& matrix, Batch) { return float_kernel<Portable>(matri
 }  // namespace
 
 const Isa kPortable = {"portable", "portable C++", supported, kernel, activate, attend<Portable>, mix<Portable>,
-                       widen<Portable>, attend_causally<Portable>};
+                       widen_keys<Portable>, widen_values<Portable>, attend_causally<Portable>};
 
 }  // namespace greenroom

@@ -11,8 +11,8 @@ namespace {
 constexpr std::int64_t kTokensAtOnce = 8;  // of what is done to one after another
 
 // Causal attention of all heads, cut into what shares a key-value head. `all` describes the first token's heads of the
-// first key-value head; key_head and value_head: numbers between key-value heads. Cut by numbers of tokens and heads alone, so
-// that the number of threads never shows.
+// first key-value head; key_head and value_head: numbers between key-value heads, or bytes where they are cached. Cut by
+// numbers of tokens and heads alone, so that the number of threads never shows.
 void attend_all(const Queries& all, std::int64_t tokens, int heads, int kv_heads, std::int64_t key_head,
                 std::int64_t value_head, int threads) {
     const std::int64_t group = heads / kv_heads, at_once = std::min<std::int64_t>(group, kRows), slices = (group + at_once - 1) / at_once;
@@ -26,7 +26,7 @@ void attend_all(const Queries& all, std::int64_t tokens, int heads, int kv_heads
         its.heads = static_cast<int>(std::min(at_once, group - slice * at_once));
         its.q += token * all.q_stride + head * all.key_dim;
         its.out += token * all.out_stride + head * all.value_dim;
-        if (all.cached_keys != nullptr) its.cached_keys += 2 * kv_head * key_head, its.cached_values += 2 * kv_head * value_head;
+        if (all.cached_keys != nullptr) its.cached_keys += kv_head * key_head, its.cached_values += kv_head * value_head;
         else its.keys += kv_head * key_head, its.values += kv_head * value_head;
         its.position += token;
         if (all.sinks != nullptr) its.sinks += head;
@@ -92,9 +92,9 @@ void Prompt::attention(const Attention& it, const KeyValues& cache, std::int64_t
     Queries all{};
     all.q = q, all.q_stride = wide, all.out = q, all.out_stride = wide;
     all.key_dim = all.value_dim = it.head_dim;
-    all.cached_keys = cache.keys, all.cached_values = cache.values;
+    all.cached_keys = cache.keys, all.cached_values = cache.values, all.bits = cache.bits;
     all.position = cache.length, all.window = window, all.sinks = it.sinks;
-    attend_all(all, count_, it.heads, it.kv_heads, cache.capacity * dim, cache.capacity * dim, threads);
+    attend_all(all, count_, it.heads, it.kv_heads, cache.head_nbytes(dim), cache.head_nbytes(dim), threads);
     const Linear output = linear_of(it.output, sized(out_, count_ * width_));
     linears(q, count, &output, 1, threads, rough_);
     add(out_.data(), threads);
@@ -137,10 +137,12 @@ void Prompt::attend_expanded(const LatentAttention& it, const KeyValues& cache, 
     float *latents = sized(out_, length * key_dim), *turned = latents + length * it.latent_dim;
     parallel_for((length + kPositions - 1) / kPositions, threads, [&](std::int64_t block) {
         const std::int64_t first = block * kPositions, there = std::min<std::int64_t>(length - first, kPositions);
-        active().widen(cache.values + 2 * first * it.latent_dim, latents + first * it.latent_dim, there * it.latent_dim);
+        active().widen_values(cache.values + block * cached_nbytes(it.latent_dim, cache.bits), it.latent_dim, cache.bits,
+                              static_cast<int>(there), latents + first * it.latent_dim);
         float its[kPositions];
-        for (std::int64_t d = 0; d < it.rotary_dim; ++d) {
-            active().widen(cache.keys + 2 * (first * key_dim + (it.latent_dim + d) * kPositions), its, kPositions);
+        for (int d = 0; d < it.rotary_dim; ++d) {
+            active().widen_keys(cache.keys + block * cached_nbytes(key_dim, cache.bits), static_cast<int>(key_dim), cache.bits,
+                                it.latent_dim + d, it.latent_dim + d + 1, its, kPositions);
             for (std::int64_t p = 0; p < there; ++p) turned[(first + p) * it.rotary_dim + d] = its[p];
         }
     });

@@ -390,6 +390,7 @@ def test_greenroom_s_worker_reads_what_the_cache_core_predicts(tmp_path: Path) -
         "context": 64,
         "ram": 1 << 30,
         "activation_bits": 16,
+        "kv_bits": 16,
         "first": [1],
     }
     cell = Cell(shape=TINY, pairing=PAIRINGS["4"], fits=0.5, routing="uniform", prompt=8, tokens=4)

@@ -122,10 +122,10 @@ def test_chat_goes_back_to_where_the_template_rewrites(
     packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same answer as when all is read again, from fewer tokens; control: what is kept matters."""
-    from greenroom.decode.kv import HalfDynamicLayer
+    from greenroom.decode.kv import CompiledDynamicLayer
 
     fed: list[int] = []
-    answer, tokenizer_of, crop = generation.answer, tokenizer_module.tokenizer_of, HalfDynamicLayer.crop
+    answer, tokenizer_of, crop = generation.answer, tokenizer_module.tokenizer_of, CompiledDynamicLayer.crop
 
     def counted(engine: Any, tokenizer: Any, inputs: Any, options: Any, **extra: Any) -> Any:
         past = extra.get("past_key_values")
@@ -151,7 +151,7 @@ def test_chat_goes_back_to_where_the_template_rewrites(
     monkeypatch.setattr(tokenizer_module, "tokenizer_of", rewriting)
     text, few = talk()
     with monkeypatch.context() as patch:
-        patch.setattr(HalfDynamicLayer, "crop", shifted)
+        patch.setattr(CompiledDynamicLayer, "crop", shifted)
         other, _ = talk()
     monkeypatch.setattr(chat._Conversation, "_goes_on", lambda self, ids: False)
     fresh, all_ = talk()

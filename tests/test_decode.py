@@ -19,7 +19,7 @@ from transformers import DynamicCache, GptOssConfig
 import families
 from greenroom import footprint, threads
 from greenroom.config import EngineSettings
-from greenroom.decode import describe, kv, proof
+from greenroom.decode import blocks, describe, kv, proof
 from greenroom.engine import Engine
 from greenroom.kernels import native
 from greenroom.model import routers
@@ -60,11 +60,9 @@ def running(packed: PackedModel, **settings: Any) -> "Iterator[Engine]":
 
 
 def rounding_cache(engine: Engine) -> DynamicCache:
-    """One that holds float16, whoever computes."""
+    """One that rounds, whoever computes."""
     cache = DynamicCache(config=engine.model.config)
-    assert engine.decode.prove() == ""
-    parts = engine.decode._parts
-    assert parts is not None and kv.adopt(cache, parts.layouts, parts.windows) is not None
+    assert engine.decode.prove() == "" and engine.decode._adopt(cache) is not None
     return cache
 
 
@@ -813,17 +811,17 @@ def test_assisted_generation_crops_what_was_refused(mixtral: Engine) -> None:
     window=st.one_of(st.none(), st.integers(2, 40)),
     seed=st.integers(0, 1000),
 )
-def test_half_kv_holds_what_it_was_given(
+def test_compiled_kv_holds_what_it_was_given(
     heads: int, dim: int, length: int, more: int, window: "int | None", seed: int
 ) -> None:
     keys, values = torch.randn(2, heads, length, dim, generator=torch.Generator().manual_seed(seed)) * 100
-    half = kv.HalfKV(keys, values, window, forget=window is not None)
+    held = kv.CompiledKV(keys, values, window, forget=window is not None)
     for _ in range(more):
-        half.addresses()
-        assert half.length < half.capacity and half.first <= half.length
-        half.length += 1
+        held.place()
+        assert held.length < held.capacity and held.first <= held.length
+        held.length += 1
     remembered = min(length + more, window - 1) if window else length + more
-    found = half.pair()
+    found = held.pair()
     assert found[0].shape == found[1].shape == (heads, remembered, dim)
     ours = max(remembered - more, 0)
     for one, given_ in zip(found, (keys, values), strict=True):
@@ -837,7 +835,7 @@ def test_half_kv_holds_what_it_was_given(
     named=st.booleans(),
     crop=st.integers(0, 9),
 )
-def test_what_modules_put_into_half_layers_is_what_they_see(
+def test_what_modules_put_into_compiled_layers_is_what_they_see(
     pieces: "list[int]", window: "int | None", named: bool, crop: int
 ) -> None:
     """As in transformers' own layers, but for the rounding; the same counts, masks and tensors afterwards."""
@@ -857,7 +855,7 @@ def test_what_modules_put_into_half_layers_is_what_they_see(
         if crop and (window is None or own.get_seq_length() < window):
             for cache in (halves, own):
                 cache.crop(-min(crop, count))
-        assert halves.layers[0]._half is not None, "it stays in float16"
+        assert halves.layers[0]._kv is not None, "it stays in float16"
         assert halves.get_seq_length() == own.get_seq_length()
         assert halves.get_mask_sizes(3, 0) == own.get_mask_sizes(3, 0)
     exact = torch.randn(1, 2, 5, 8, generator=generator)
@@ -866,7 +864,7 @@ def test_what_modules_put_into_half_layers_is_what_they_see(
     assert torch.equal(halves.layers[0].values, own.layers[0].values.to(torch.float16).to(torch.float32))
 
 
-def test_an_empty_half_layer_takes_any_number_of_sequences() -> None:
+def test_an_empty_compiled_layer_takes_any_number_of_sequences() -> None:
     for first in (None, torch.ones(1, 2, 3, 8)):
         cache = DynamicCache()
         assert kv.adopt(cache, [kv.Grouped(2, 8)], [None]) is not None
@@ -910,12 +908,12 @@ def test_what_is_planned_for_a_token_is_what_a_token_takes(name: str) -> None:
         engine.model(LONG[:, :length], past_key_values=compiled)
         with modules_only(engine):
             engine.model(LONG[:, :length], past_key_values=plain)
-        halves = [layer._half.pair() for layer in compiled.layers]
+        halves = [layer._kv.pair() for layer in compiled.layers]
         taken = sum(one.numel() * one.element_size() for pair in halves for one in pair)
-        assert taken == length * footprint.kv_nbytes_per_token(config, 4, compiled=True)
+        assert taken == length * footprint.kv_nbytes_per_token(config, 4, 16)
         taken = sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in plain.layers)
-        assert taken == length * footprint.kv_nbytes_per_token(config, 4, compiled=False)
-        assert engine.plan.kv_cache == 64 * footprint.kv_nbytes_per_token(config, 4, compiled=True)
+        assert taken == length * footprint.kv_nbytes_per_token(config, 4, None)
+        assert engine.plan.kv_cache == 64 * footprint.kv_nbytes_per_token(config, 4, 16)
 
 
 def test_without_the_compiled_step_more_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -929,23 +927,23 @@ def test_without_the_compiled_step_more_is_planned(monkeypatch: pytest.MonkeyPat
 
 def test_an_interrupt_while_room_grows_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, values = torch.rand(2, 256, 8), torch.rand(2, 256, 8)
-    half = kv.HalfKV(keys, values, None, forget=False)
-    half.length = half.capacity
-    before, made = [one.clone() for one in half.pair()], []
+    held = kv.CompiledKV(keys, values, None, forget=False)
+    held.length = held.capacity
+    before, made = [one.clone() for one in held.pair()], []
 
     def interrupted(*shape: int) -> torch.Tensor:
         made.append(shape)
         if len(made) == 2:
             raise KeyboardInterrupt
-        return torch.zeros(shape, dtype=torch.float16)
+        return torch.zeros(shape, dtype=torch.uint8)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kv, "_halves", interrupted)
+        patch.setattr(blocks, "_room", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            half.addresses()
-    assert all(map(torch.equal, half.pair(), before))
-    half.addresses()
-    assert half.capacity > 256 and all(map(torch.equal, half.pair(), before))
+            held.place()
+    assert all(map(torch.equal, held.pair(), before))
+    held.place()
+    assert held.capacity > 256 and all(map(torch.equal, held.pair(), before))
 
 
 def test_a_cache_that_may_be_rolled_back_is_left_alone(mixtral: Engine) -> None:
@@ -959,8 +957,8 @@ def test_a_cache_that_may_be_rolled_back_is_left_alone(mixtral: Engine) -> None:
 
 
 def test_large_keys_are_bounded() -> None:
-    half = kv.HalfKV(torch.full((1, 3, 8), 1e6), torch.full((1, 3, 8), -1e6), None, forget=False)
-    keys, values = half.pair()
+    held = kv.CompiledKV(torch.full((1, 3, 8), 1e6), torch.full((1, 3, 8), -1e6), None, forget=False)
+    keys, values = held.pair()
     assert keys.isfinite().all() and values.isfinite().all() and keys.max() == 65504
 
 

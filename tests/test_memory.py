@@ -157,7 +157,8 @@ from greenroom.engine import Engine
 from greenroom.metrics import process_memory
 from greenroom.packed import PackedModel
 from transformers import DynamicCache
-engine = Engine(PackedModel(Path(sys.argv[1])), EngineSettings(context=4096, experts_per_layer=4))
+settings = EngineSettings(context=4096, experts_per_layer=4, kv_bits=int(sys.argv[3]))
+engine = Engine(PackedModel(Path(sys.argv[1])), settings)
 if sys.argv[2] == "modules":
     engine.decode.enabled = False
 found, cache = [], DynamicCache(config=engine.model.config)
@@ -209,13 +210,16 @@ def test_a_long_conversation_keeps_its_plan(family: str, bits: int, tmp_path: Pa
         AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     packed = pack(tmp_path / "source", tmp_path / "packed", expert_bits=4, attention_bits=bits)
 
-    def run(way: str, plan_for: str) -> "list[int]":
-        command, environment = [sys.executable, "-c", LONG, str(packed.folder), way], {"GREENROOM_DECODE": plan_for}
+    def run(way: str, plan_for: str, kv_bits: int = 16) -> "list[int]":
+        command = [sys.executable, "-c", LONG, str(packed.folder), way, str(kv_bits)]
+        environment = {"GREENROOM_DECODE": plan_for}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
         return [int(number) for number in done.stdout.split()]
 
     peak, total, kv_cache = run("compiled", "compiled")
     assert peak <= total and kv_cache > 50 << 20
+    peak, total, fewer = run("compiled", "compiled", kv_bits=8)
+    assert peak <= total and fewer < 0.54 * kv_cache
     peak, total, kv_cache = run("modules", "modules")
     assert peak <= total
     if family != "deepseek_v3" and bits == 8:

@@ -52,6 +52,7 @@ class EngineSettings:
     as keep the readers busy. `prefetch`: experts guessed at most per token and layer ahead, loaded where that pays;
     None for guesses on the CPU, where experts are missing, and none on a GPU. `lookahead`: how many layers ahead.
     `activation_bits`: of a prompt's activations on the CPU, beside weights of 4 bits or fewer: 16, or 8 for speed.
+    `kv_bits`: of cached keys and values where the compiled decoder serves: 16, or 8 for half of their bytes.
     `context`: tokens of KV cache to reserve memory for; `prompt_chunk`: the most tokens of a prompt that go through the
     model at once, whose activations are reserved. `reserve`: bytes that whoever runs the model takes for its own work,
     counted with the working set. `readers`: reads in flight. `dtype`: of activations, "float32", "bfloat16" or
@@ -68,6 +69,7 @@ class EngineSettings:
     prefetch: "int | None" = None
     lookahead: int = 1
     activation_bits: int = 16
+    kv_bits: int = 16
     context: int = 2048
     prompt_chunk: int = 512
     reserve: int = 0
@@ -82,8 +84,12 @@ class EngineSettings:
             raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {self.dtype}")
         if not isinstance(self.policy, str):
             raise ConfigError(f"policy must be a name such as learned or lru, not {self.policy!r}")
-        if not _is_whole(self.activation_bits) or self.activation_bits not in (8, 16):
-            raise ConfigError(f"activation_bits must be 8 or 16, not {self.activation_bits!r}")
+        for name in ("activation_bits", "kv_bits"):
+            value = getattr(self, name)
+            if not _is_whole(value) or value not in (8, 16):
+                raise ConfigError(f"{name} must be 8 or 16, not {value!r}")
+        if self.kv_bits == 8 and self.vram is not None:
+            raise ConfigError("kv_bits 8 is for the CPU: leave out either it or vram")
         _at_least(
             0,
             reserve=self.reserve,

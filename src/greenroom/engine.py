@@ -20,7 +20,7 @@ from greenroom.config import EngineSettings
 from greenroom.decode import DecodeStep
 from greenroom.device import Device, find_gpu
 from greenroom.device_runner import DeviceRunner
-from greenroom.errors import BudgetError
+from greenroom.errors import BudgetError, ConfigError
 from greenroom.history import History
 from greenroom.identity import Identity
 from greenroom.kernels import native, over_slots
@@ -104,9 +104,12 @@ class Engine:
         self._history = history
         rough = settings.activation_bits == 8
         self.model: Any = build(packed, config, dtype, self._serve)
-        self.decode = DecodeStep(self.model.base_model, rough)
+        self.decode = DecodeStep(self.model.base_model, rough, settings.kv_bits)
         self.decode.enabled = self.decode.enabled and self.device is None
         if self.device is None and (not self.decode.enabled or self.decode.prove()):  # a reason why it does not serve
+            if settings.kv_bits != 16:
+                wanted = f"kv_bits {settings.kv_bits} is for the compiled decoder"
+                raise ConfigError(f"{wanted}, and this model has {self.decode}: leave it out")
             self.plan = make_plan(compiled=False)
         give_back()  # what a proof has left
         self._store = store if store is not None else DiskStore(packed)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from greenroom.config import EngineSettings
+from greenroom.decode.blocks import nbytes_per_position
 from greenroom.packed import Manifest
 from greenroom.static_kv import most_room
 
@@ -57,7 +58,7 @@ class Footprint:
         """A context's keys and values: on a device a conversation's prompts, and the room that single tokens go to."""
         context = self.settings.context
         positions = context + most_room(context) if self._on_device else context
-        return positions * kv_nbytes_per_token(self.config, self.element_size, self._compiled)
+        return positions * kv_nbytes_per_token(self.config, self.element_size, self._kv_bits)
 
     @property
     def working_set(self) -> int:
@@ -72,8 +73,13 @@ class Footprint:
 
     @property
     def _compiled(self) -> bool:
-        """The compiled decoder serves; it caches float16."""
+        """The compiled decoder serves."""
         return self.may_compile and not self._on_device and self.element_size == 4
+
+    @property
+    def _kv_bits(self) -> "int | None":
+        """Of what the compiled decoder caches; None where transformers' modules cache numbers as they are."""
+        return self.settings.kv_bits if self._compiled else None
 
     @functools.cached_property
     def _modules(self) -> bool:
@@ -110,7 +116,7 @@ class Footprint:
         positions = most_room(context) if self._on_device else context
         width = self._most(lambda layer: _expanded_width(layer, self._modules))
         if self._modules and not self._on_device:  # what is cached, once more while it grows, or as the modules see it
-            cached = self._most(lambda layer: _kv_width(layer, self._compiled))
+            cached = self._most(lambda layer: sum(_kv_widths(layer, self._compiled)))
             width += cached * (2 + 4) // self.element_size if self._compiled else cached
         mask = self._tokens * (1 + self.element_size) if self._modules else 0  # of truth values, and of numbers
         indexers = self._most(lambda layer: int(getattr(layer, "index_n_heads", None) or 0))
@@ -132,9 +138,9 @@ class Footprint:
         return 3 * self._most(_heads) * self._tokens * self.settings.context * self.element_size
 
 
-def kv_nbytes_per_token(config: Any, element_size: int, compiled: bool) -> int:
+def kv_nbytes_per_token(config: Any, element_size: int, kv_bits: "int | None") -> int:
     """Bytes of KV cache that one more token takes, of numbers of `element_size` bytes, or as the compiled decoder holds
-    them.
+    them in `kv_bits` bits.
 
     Sliding-window layers are counted as if they grew (a safe side's estimate), recurrent ones not at all.
     """
@@ -142,10 +148,11 @@ def kv_nbytes_per_token(config: Any, element_size: int, compiled: bool) -> int:
     layers = _layers(config)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
     recurrent = [any(word in kind for word in ("linear", "mamba", "conv", "recurrent")) for kind in kinds]
-    widths = [_kv_width(layer, compiled) for layer in layers]
-    return (2 if compiled else element_size) * sum(
-        width for width, skip in zip(widths, recurrent, strict=False) if not skip
-    )
+    widths = [_kv_widths(layer, kv_bits is not None) for layer in layers]
+    held = [one for its, skip in zip(widths, recurrent, strict=False) for one in its if not skip]
+    if kv_bits is None:
+        return element_size * sum(held)
+    return sum(nbytes_per_position(one, kv_bits) for one in held)
 
 
 def experts_per_token(config: Any) -> int:
@@ -172,14 +179,15 @@ def _heads(config: Any) -> int:
     return int(getattr(config, "num_attention_heads", 1) or 1)
 
 
-def _kv_width(config: Any, compiled: bool) -> int:
-    """Numbers that one layer caches for one token."""
+def _kv_widths(config: Any, compiled: bool) -> "list[int]":
+    """Numbers that one layer caches for one token: those of each key and value."""
     heads = _heads(config)
     if rank := int(getattr(config, "kv_lora_rank", None) or 0):  # multi-head latent attention caches latents
+        rotated = int(config.qk_rope_head_dim)
         indexed = int(getattr(config, "index_head_dim", None) or 0)  # DeepSeek-V3.2's second, small attention
-        return rank * (2 if compiled else 1) + int(config.qk_rope_head_dim) + indexed
+        return [rank + rotated, rank, indexed] if compiled else [rank, rotated, indexed]
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    return 2 * kv_heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return [int(getattr(config, "head_dim", None) or config.hidden_size // heads)] * (2 * kv_heads)
 
 
 def _unequal_widths(config: Any) -> bool:
@@ -197,6 +205,6 @@ def _expanded_width(config: Any, modules: bool) -> int:
     heads = _heads(config)
     if not (rank := int(getattr(config, "kv_lora_rank", None) or 0)):
         shared = heads // int(getattr(config, "num_key_value_heads", None) or heads)
-        return shared * _kv_width(config, False) if modules and shared > 1 else 0
+        return shared * sum(_kv_widths(config, False)) if modules and shared > 1 else 0
     nope, rope, value = (int(getattr(config, f"{name}_head_dim")) for name in ("qk_nope", "qk_rope", "v"))
     return rank + rope + heads * (2 * nope + rope + 2 * value)

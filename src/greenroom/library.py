@@ -242,6 +242,7 @@ def load(
     prefetch: "int | None" = None,
     lookahead: int = 1,
     activation_bits: int = 16,
+    kv_bits: int = 16,
     context: int = 2048,
     staging: "int | None" = None,
     readers: int = 4,
@@ -257,7 +258,8 @@ def load(
     as in `pack`. `policy`: "lru", "lfu", "s3fifo", "frequency-age", "probability" or "learned", per layer, or over all
     layers with the suffix "-shared". `prefetch`: experts guessed at most per layer and token (None: on the CPU as many
     as pay, none on a GPU); `lookahead`: how many layers ahead. `activation_bits`: 8 rounds a prompt's activations on
-    the CPU further than 16, for speed (docs/performance.md). `context`: tokens of KV cache to reserve room for.
+    the CPU further than 16, for speed (docs/performance.md). `kv_bits`: 8 halves the KV cache where the compiled
+    decoder serves (docs/quality.md). `context`: tokens of KV cache to reserve room for.
     `staging`: buffers beside the slots (None: two to four); `readers`: reads in flight; `validate`: check the cache's
     invariants.
 
@@ -278,6 +280,7 @@ def load(
         prefetch=prefetch,
         lookahead=lookahead,
         activation_bits=activation_bits,
+        kv_bits=kv_bits,
         context=context,
         staging=staging,
         readers=readers,

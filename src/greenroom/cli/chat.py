@@ -172,8 +172,8 @@ def _can_be_cropped(cache: Any) -> bool:
     """Whether all of its layers hold every position and nothing else: no window, no state that runs on."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    from greenroom.decode.kv import HalfDynamicLayer
+    from greenroom.decode.kv import CompiledDynamicLayer
     from greenroom.static_kv import StaticDynamicLayer
 
-    kinds = (DynamicLayer, HalfDynamicLayer, StaticDynamicLayer)
+    kinds = (DynamicLayer, CompiledDynamicLayer, StaticDynamicLayer)
     return type(cache) is DynamicCache and not cache.offloading and all(type(layer) in kinds for layer in cache.layers)

@@ -65,8 +65,10 @@ def execute(options: argparse.Namespace) -> int:
         raise ConfigError("--no-original goes with neither --original nor --receipt: leave it out")
     if options.cells is not None and not options.grid:
         raise ConfigError("--cells keeps the scores of a grid: add --grid")
-    if options.activation_bits != 16 and (options.grid or options.receipt):
-        raise ConfigError("--activation-bits tells nothing of weights: leave it out with --grid and --receipt")
+    for name in ("activation_bits", "kv_bits"):
+        if getattr(options, name) != 16 and (options.grid or options.receipt):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} tells nothing of weights: leave it out with --grid and --receipt")
     if options.dtype not in (None, "float32") and (options.grid or options.receipt):
         raise ConfigError("--dtype is of activations, not of weights: leave it out with --grid and --receipt")
     if options.grid:
@@ -123,7 +125,7 @@ def _tasks(options: argparse.Namespace) -> int:
     return 0
 
 
-_MEMORY = ("ram", "experts_per_layer", "policy", "prefetch", "lookahead", "activation_bits", "dtype")
+_MEMORY = ("ram", "experts_per_layer", "policy", "prefetch", "lookahead", "activation_bits", "kv_bits", "dtype")
 
 
 def read_text(path: str) -> "Text":

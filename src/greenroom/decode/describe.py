@@ -55,9 +55,9 @@ class DecoderParts:
         """Their rotary embedding."""
         return Turn(self.rotary, positions, self.width, self.rotary_size)
 
-    def no_kv(self, index: int) -> kv.HalfKV:
+    def no_kv(self, index: int, bits: int = 16) -> kv.CompiledKV:
         """What a layer holds of no positions."""
-        return kv.HalfKV(*self.layouts[index].empty(), self.windows[index], forget=False)
+        return kv.CompiledKV(*self.layouts[index].empty(), self.windows[index], forget=False, bits=bits)
 
     def takes(self, tokens: int) -> bool:
         """Whether the compiled kernels are the faster ones for so many tokens."""

@@ -1,9 +1,9 @@
 """Cached keys and values as the compiled attention reads them, inside transformers' own cache.
 
-A layer of a `DynamicCache` is replaced by one that holds float16 in the compiled layout, whoever computes: what the
-modules add to one sequence is rounded, too. Whatever else asks for its `keys` and `values` gets tensors of the model's
-dtype back, and the layer is an ordinary one again until the next compiled step: generation and beam search keep their
-semantics because their code is transformers'.
+A layer of a `DynamicCache` is replaced by one that holds 16 or 8 bits in the compiled layout, whoever computes: what
+the modules add to one sequence is rounded, too. Whatever else asks for its `keys` and `values` gets tensors of the
+model's dtype back, and the layer is an ordinary one again until the next compiled step: generation and beam search keep
+their semantics because their code is transformers'.
 """
 
 import math
@@ -12,12 +12,8 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from greenroom.buffers import allocate
-from greenroom.kernels import native
-from greenroom.static_kv import lasting
+from greenroom.decode.blocks import Blocks
 
-_MIN_CAPACITY = 256
-"""Positions."""
 _EMPTY = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
@@ -81,25 +77,24 @@ class Latent:
         return values[None], keys[None, ..., values.shape[-1] :]
 
 
-class HalfKV:
-    """Keys [heads, blocks, key_dim, BLOCK] and values [heads, capacity, value_dim] in float16, grown as needed.
+class CompiledKV:
+    """Keys and values of one sequence in `bits` bits, 16 or 8, grown as needed.
 
     `length` positions are held, the ones from `first` on are visible to the next token; with `forget` the others may
     go. What there is room for beyond `length` takes no memory.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, window: "int | None", forget: bool) -> None:
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, window: "int | None", forget: bool, bits: int = 16
+    ) -> None:
         """From keys [heads, n, key_dim] and values [heads, n, value_dim]."""
         self.window, self._forget = window, forget
-        heads, length, key_dim = keys.shape
-        self._keys, self._values = _room(heads, length, key_dim, values.shape[2])
-        _put(self._keys, self._values, 0, keys, values)
+        heads, length, _ = keys.shape
+        self._pair = tuple(
+            Blocks(heads, length, x.shape[2], bits, across) for x, across in ((keys, True), (values, False))
+        )
+        self._put(0, keys, values)
         self.length = length
-
-    @property
-    def capacity(self) -> int:
-        """Positions there is room for."""
-        return self._values.shape[1]
 
     @property
     def first(self) -> int:
@@ -107,75 +102,55 @@ class HalfKV:
         return 0 if self.window is None else max(self.length + 1 - self.window, 0)
 
     @property
+    def capacity(self) -> int:
+        """Positions there is room for."""
+        return self._pair[0].capacity
+
+    @property
     def _remembered(self) -> int:
         """The first position that has to be kept."""
         return self.first if self._forget else 0
 
-    def addresses(self, more: int = 1) -> "tuple[int, int]":
-        """Of keys and values, with room for `more` positions."""
+    def place(self, more: int = 1) -> "tuple[int, int, int, int]":
+        """Addresses of keys and values, positions there is room for, `more` of them not held yet, and bits."""
         if self.length + more > self.capacity:
             self._grow(more)
-        return self._keys.data_ptr(), self._values.data_ptr()
+        keys, values = self._pair
+        return keys.address, values.address, keys.capacity, keys.bits
 
     def pair(self, first: "int | None" = None) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Keys [heads, n, key_dim] and values [heads, n, value_dim] in float16: all that is remembered, or all from
-        `first` on."""
+        """Keys [heads, n, key_dim] and values [heads, n, value_dim], in float16 or of 8 bits in float32: all that is
+        remembered, or all from `first` on."""
         first = self._remembered if first is None else first
-        used = self._keys[:, : -(-self.length // native.BLOCK)]
-        return used.transpose(2, 3).flatten(1, 2)[:, first : self.length], self._values[:, first : self.length]
+        keys, values = (its.get(first, self.length) for its in self._pair)
+        return keys, values
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> "tuple[torch.Tensor, torch.Tensor]":
         """Put keys [heads, n, key_dim] and values [heads, n, value_dim] behind those before; gives what is visible to
         the first of them and after, as `pair` does."""
-        self.addresses(keys.shape[1])
+        self.place(keys.shape[1])
         first = self._remembered
-        _put(self._keys, self._values, self.length, keys, values)
+        self._put(self.length, keys, values)
         self.length += keys.shape[1]
         return self.pair(first)
+
+    def _put(self, start: int, *pair: torch.Tensor) -> None:
+        for its, x in zip(self._pair, pair, strict=True):
+            its.put(start, x)
 
     def _grow(self, more: int) -> None:
         """Room for `more` positions behind what is remembered."""
         first = self._remembered
         length = self.length - first
-        all_keys, all_values = _room(
-            self._keys.shape[0], length + max(length // 2, more), self._keys.shape[2], self._values.shape[2]
-        )
-        if first:
-            _put(all_keys, all_values, 0, *self.pair())
-        else:  # as they lie: a copy in between would be as large as all of them
-            blocks = -(-length // native.BLOCK)
-            all_keys[:, :blocks] = self._keys[:, :blocks]
-            all_values[:, :length] = self._values[:, :length]
+        pair = tuple(its.moved(first, self.length, length + max(length // 2, more)) for its in self._pair)
         # together and last: whoever is interrupted before, by a key or for lack of memory, keeps what there was
-        self._keys, self._values, self.length = all_keys, all_values, length
+        self._pair, self.length = pair, length
 
 
-def _room(heads: int, positions: int, key_dim: int, value_dim: int) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Keys and values of at least so many positions, all 0."""
-    blocks = -(-max(_MIN_CAPACITY, positions) // native.BLOCK)
-    return _halves(heads, blocks, key_dim, native.BLOCK), _halves(heads, blocks * native.BLOCK, value_dim)
+class _CompiledLayer:
+    """`keys` and `values` of a cache layer as properties over a CompiledKV or, after any other use, plain tensors."""
 
-
-def _put(
-    all_keys: torch.Tensor, all_values: torch.Tensor, start: int, keys: torch.Tensor, values: torch.Tensor
-) -> None:
-    """Keys and values from position `start` on, rounded to float16, what is larger to its largest number."""
-    largest = torch.finfo(torch.float16).max
-    positions = torch.arange(start, start + keys.shape[1])
-    blocks, lanes = positions // native.BLOCK, positions % native.BLOCK
-    all_keys.transpose(2, 3)[:, blocks, lanes] = keys.clamp(-largest, largest).to(torch.float16)
-    all_values[:, positions] = values.clamp(-largest, largest).to(torch.float16)
-
-
-def _halves(*shape: int) -> torch.Tensor:
-    with lasting():
-        return allocate(2 * math.prod(shape), huge=False).view(torch.float16).view(shape)
-
-
-class _HalfLayer:
-    """`keys` and `values` of a cache layer as properties over a HalfKV or, after any other use, over plain tensors."""
-
-    _half: "HalfKV | None" = None
+    _kv: "CompiledKV | None" = None
     _plain: "tuple[torch.Tensor | None, torch.Tensor | None]" = (None, None)
     _layout: Layout
     dtype: torch.dtype
@@ -203,11 +178,11 @@ class _HalfLayer:
         self._plain = (self._tensors()[0], value)
 
     def _tensors(self) -> "tuple[torch.Tensor | None, torch.Tensor | None]":
-        if self._half is not None:
+        if self._kv is not None:
             plain = _EMPTY, _EMPTY  # of no sequence yet, so that any number may follow
-            if self._half.length:
-                plain = self._as_transformers(self._half.pair())
-            self._plain, self._half = plain, None
+            if self._kv.length:
+                plain = self._as_transformers(self._kv.pair())
+            self._plain, self._kv = plain, None
         return self._plain
 
     def _as_transformers(self, pair: "tuple[torch.Tensor, torch.Tensor]") -> "tuple[torch.Tensor, torch.Tensor]":
@@ -219,21 +194,21 @@ class _HalfLayer:
     ) -> "tuple[torch.Tensor, torch.Tensor]":
         """As the layer that this stands in for, but for what is rounded: the modules put more positions."""
         learns = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        if self._half is None or learns or key_states.shape[0] != 1 or getattr(self, "record_past", False):
+        if self._kv is None or learns or key_states.shape[0] != 1 or getattr(self, "record_past", False):
             updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
             return updated
-        visible = self._half.append(*self._layout.to_pair(key_states, value_states))
+        visible = self._kv.append(*self._layout.to_pair(key_states, value_states))
         self._count(key_states.shape[2])
         return self._as_transformers(visible)
 
     def crop(self, tokens_to_remove: int) -> None:
         """As the layer that this stands in for: forget the last −`tokens_to_remove` positions."""
         window = self.sliding_window if self.is_sliding else math.inf
-        if self._half is None or tokens_to_remove > 0 or self.get_seq_length() >= window:  # type: ignore[attr-defined]
+        if self._kv is None or tokens_to_remove > 0 or self.get_seq_length() >= window:  # type: ignore[attr-defined]
             super().crop(tokens_to_remove)  # type: ignore[misc]
             return
-        count = min(-tokens_to_remove, self._half.length)
-        self._half.length -= count
+        count = min(-tokens_to_remove, self._kv.length)
+        self._kv.length -= count
         self._count(-count)
 
     def _count(self, more: int) -> None:
@@ -241,51 +216,53 @@ class _HalfLayer:
 
     def put(self, count: int = 1) -> None:
         """The compiled step has put `count` more positions."""
-        assert self._half is not None
-        self._half.length += count
+        assert self._kv is not None
+        self._kv.length += count
         self._count(count)
 
-    def half(self, window: "int | None") -> HalfKV:
-        """The layer in float16; to be called where it holds at most one sequence."""
-        if self._half is None:
+    def compiled(self, window: "int | None", bits: int) -> CompiledKV:
+        """The layer in the compiled layout; to be called where it holds at most one sequence."""
+        if self._kv is None:
             keys, values = self._plain
             if keys is None or values is None or not keys.numel():
                 self.dtype, self.device, self.is_initialized = torch.float32, torch.device("cpu"), True
                 pair = self._layout.empty()
             else:
                 pair = self._layout.to_pair(keys, values)
-            self._half = HalfKV(*pair, window, forget=self.is_sliding)
+            self._kv = CompiledKV(*pair, window, forget=self.is_sliding, bits=bits)
             self._plain = (None, None)
-        return self._half
+        return self._kv
 
     @property
     def is_of_one(self) -> bool:
         """Whether it holds one sequence, or nothing yet."""
-        return self._half is not None or _is_of_one(self._plain[0])
+        return self._kv is not None or _is_of_one(self._plain[0])
 
 
-class HalfDynamicLayer(_HalfLayer, DynamicLayer):  # type: ignore[misc]  # transformers has no types
-    """A DynamicLayer that can hold float16 in the compiled layout."""
+class CompiledDynamicLayer(_CompiledLayer, DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """A DynamicLayer that can hold the compiled layout."""
 
     def get_seq_length(self) -> int:
         """Positions held."""
-        return int(super().get_seq_length()) if self._half is None else self._half.length
+        return int(super().get_seq_length()) if self._kv is None else self._kv.length
 
 
-class HalfSlidingLayer(_HalfLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """A DynamicSlidingWindowLayer that can hold float16 in the compiled layout."""
+class CompiledSlidingLayer(_CompiledLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """A DynamicSlidingWindowLayer that can hold the compiled layout."""
 
     def _count(self, more: int) -> None:
         self.cumulative_length += more
 
 
-HalfLayer = HalfDynamicLayer | HalfSlidingLayer
-_CLASSES: "dict[type, Any]" = {DynamicLayer: HalfDynamicLayer, DynamicSlidingWindowLayer: HalfSlidingLayer}
+CompiledLayer = CompiledDynamicLayer | CompiledSlidingLayer
+_CLASSES: "dict[type, Any]" = {DynamicLayer: CompiledDynamicLayer, DynamicSlidingWindowLayer: CompiledSlidingLayer}
 
 
-def adopt(cache: Any, layouts: "list[Layout]", windows: "list[int | None]") -> "list[tuple[HalfLayer, HalfKV]] | None":
-    """The layers of `cache`, each made one that holds float16, and what they hold; None where it is not a plain cache
-    of at most one sequence, or somebody was interrupted between its layers."""
+def adopt(
+    cache: Any, layouts: "list[Layout]", windows: "list[int | None]", bits: int = 16
+) -> "list[tuple[CompiledLayer, CompiledKV]] | None":
+    """The layers of `cache`, each made one that holds `bits` bits in the compiled layout, and what they hold; None
+    where it is not a plain cache of at most one sequence, or somebody was interrupted between its layers."""
     if type(cache) is not DynamicCache or cache.offloading:
         return None
     while len(cache.layers) < len(layouts) and cache.layer_class_to_replicate in _CLASSES:
@@ -295,25 +272,25 @@ def adopt(cache: Any, layouts: "list[Layout]", windows: "list[int | None]") -> "
     if len({layer.get_seq_length() for layer in cache.layers}) > 1:
         return None
     for index, (layer, layout) in enumerate(zip(cache.layers, layouts, strict=True)):
-        if not isinstance(layer, _HalfLayer):
-            cache.layers[index] = _half_layer(layer, layout)
-    return [(layer, layer.half(window)) for layer, window in zip(cache.layers, windows, strict=True)]
+        if not isinstance(layer, _CompiledLayer):
+            cache.layers[index] = _compiled_layer(layer, layout)
+    return [(layer, layer.compiled(window, bits)) for layer, window in zip(cache.layers, windows, strict=True)]
 
 
 def _is_plain(layer: Any) -> bool:
     """Whether it holds keys and values alone, of at most one sequence, and forgets what it may."""
     if getattr(layer, "record_past", False):
         return False
-    return layer.is_of_one if isinstance(layer, _HalfLayer) else type(layer) in _CLASSES and _is_of_one(layer.keys)
+    return layer.is_of_one if isinstance(layer, _CompiledLayer) else type(layer) in _CLASSES and _is_of_one(layer.keys)
 
 
 def _is_of_one(keys: "torch.Tensor | None") -> bool:
     return keys is None or keys.numel() == 0 or (keys.ndim == 4 and keys.shape[0] == 1)
 
 
-def _half_layer(layer: Any, layout: Layout) -> HalfLayer:
+def _compiled_layer(layer: Any, layout: Layout) -> CompiledLayer:
     state = dict(vars(layer))
     plain = (state.pop("keys"), state.pop("values"))
-    new: HalfLayer = object.__new__(_CLASSES[type(layer)])
+    new: CompiledLayer = object.__new__(_CLASSES[type(layer)])
     new.__dict__.update(state, _plain=plain, _layout=layout)
     return new

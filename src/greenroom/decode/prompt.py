@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from greenroom.decode.describe import DecoderParts, Turn
-from greenroom.decode.kv import HalfKV
+from greenroom.decode.kv import CompiledKV
 from greenroom.threads import count
 
 
@@ -26,8 +26,8 @@ class Prompt:
             rough,
         )
 
-    def layer(self, index: int, half: HalfKV) -> None:
-        """`hidden` through one layer, the tokens' keys and values behind those of `half`, which does not count them
+    def layer(self, index: int, kv: CompiledKV) -> None:
+        """`hidden` through one layer, the tokens' keys and values behind those of `kv`, which does not count them
         yet; its experts are served as the module's are."""
         parts, compiled, tokens = self._parts, self._compiled, len(self.hidden)
         module = parts.moe[index]
@@ -35,10 +35,9 @@ class Prompt:
         experts = torch.empty_like(weights, dtype=torch.int64)
         compiled.attend(
             index,
-            *half.addresses(tokens),
-            half.capacity,
-            half.length,
-            half.window or 0,
+            *kv.place(tokens),
+            kv.length,
+            kv.window or 0,
             experts.data_ptr(),
             weights.data_ptr(),
             count(),

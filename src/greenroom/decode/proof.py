@@ -61,11 +61,11 @@ def _layers_differ(
 def _one_by_one(
     step: Any, parts: DecoderParts, index: int, positions: range, inputs: "list[torch.Tensor]"
 ) -> "list[torch.Tensor]":
-    half, found = parts.no_kv(index), []
+    kv, found = parts.no_kv(index), []
     for position, given in zip(positions, inputs, strict=True):
         step.hidden.copy_(given)
-        step.layer(index, half, parts.turn([position]), _stand_in_token)
-        half.length += 1
+        step.layer(index, kv, parts.turn([position]), _stand_in_token)
+        kv.length += 1
         found.append(step.hidden[0].clone())
     return found
 
@@ -74,12 +74,12 @@ def _together(
     step: Any, parts: DecoderParts, index: int, positions: range, inputs: "list[torch.Tensor]"
 ) -> "list[torch.Tensor]":
     """As a prompt of all tokens but one, and one of the last, which sees the first through a cache."""
-    half, found = parts.no_kv(index), []
+    kv, found = parts.no_kv(index), []
     with _standing_in([parts.moe[index]]):
         for part in (slice(-1), slice(-1, None)):
             prompt = step.prompt(torch.stack(inputs[part]), list(positions[part]))
-            prompt.layer(index, half)
-            half.length += len(prompt.hidden)
+            prompt.layer(index, kv)
+            kv.length += len(prompt.hidden)
             found += list(prompt.hidden)
     return found
 

@@ -92,13 +92,14 @@ class DecodeStep:
 
     `reason` says why the fast way is not taken, in words; empty while it is. It is described and proved when asked, or
     at the first token that could take it. `rough`: see `kernels.native.experts`; here for a prompt's projections.
+    `kv_bits`: of cached keys and values, 16 or 8.
     """
 
     _serve: ServeToken
     _residents: "Residents | None" = None
 
-    def __init__(self, base: Any, rough: bool = False) -> None:
-        self._base, self._rough = base, rough
+    def __init__(self, base: Any, rough: bool = False, kv_bits: int = 16) -> None:
+        self._base, self._rough, self._kv_bits = base, rough, kv_bits
         self._modules_forward = base.forward
         self._hooks = Hooks(base)
         self._parts: DecoderParts | None = None
@@ -213,13 +214,13 @@ class DecodeStep:
         position = past_key_values.get_seq_length()
         if not self._serves([position], attention_mask, position_ids):
             return None
-        held = kv.adopt(past_key_values, self._parts.layouts, self._parts.windows)
+        held = self._adopt(past_key_values)
         if held is None:
             return None
         self._hidden.copy_(self._parts.embed(input_ids)[0])
         turn = self._parts.turn([position])
-        self._layers([half for _layer, half in held], turn)
-        for layer, _half in held:  # together, so that an interrupt has no time to come between
+        self._layers([cached for _layer, cached in held], turn)
+        for layer, _cached in held:  # together, so that an interrupt has no time to come between
             layer.put()
         self._decoder.finish(self._parts.final_norm)
         self.steps += 1
@@ -243,16 +244,21 @@ class DecodeStep:
         positions = list(range(first, first + input_ids.shape[1]))
         if not self._serves(positions, attention_mask, position_ids):
             return None
-        held = None if cache is None else kv.adopt(cache, self._parts.layouts, self._parts.windows)
+        held = None if cache is None else self._adopt(cache)
         if (cache is not None and held is None) or not self._parts.takes(input_ids.shape[1]):
-            return None  # what the modules put into an adopted cache is held in float16, too
+            return None  # what the modules put into an adopted cache is rounded, too
         prompt = self.prompt(self._parts.embed(input_ids)[0], positions)
         for index in range(len(self._parts.layers)):
-            prompt.layer(index, self._parts.no_kv(index) if held is None else held[index][1])
-        for layer, _half in held or []:  # together, as in `_step`
+            prompt.layer(index, self._parts.no_kv(index, self._kv_bits) if held is None else held[index][1])
+        for layer, _cached in held or []:  # together, as in `_step`
             layer.put(len(positions))
         self.prompts += 1
         return MoeModelOutputWithPast(last_hidden_state=self._parts.norm(prompt.hidden)[None], past_key_values=cache)
+
+    def _adopt(self, cache: Any) -> "list[tuple[kv.CompiledLayer, kv.CompiledKV]] | None":
+        """What the layers of a cache hold; None where it is not one of one plain sequence."""
+        assert self._parts is not None
+        return kv.adopt(cache, self._parts.layouts, self._parts.windows, self._kv_bits)
 
     def _serves(self, positions: "list[int]", mask: Any, position_ids: "torch.Tensor | None") -> bool:
         """Whether tokens at `positions` follow all before them, and see those: no padding, no positions of their
@@ -270,18 +276,15 @@ class DecodeStep:
         turn = self._parts.turn(positions)
         return Prompt(self._parts, self._decoder, hidden.contiguous(), turn, self._rough)
 
-    def layer(self, index: int, half: kv.HalfKV, turn: Turn, serve: ServeToken) -> None:
+    def layer(self, index: int, cached: kv.CompiledKV, turn: Turn, serve: ServeToken) -> None:
         """The residual stream through one layer."""
         assert self._parts is not None
         decoder, threads = self._decoder, count()
-        keys, values = half.addresses()
         experts, weights = decoder.attend(
             index,
-            keys,
-            values,
-            half.capacity,
-            half.first,
-            half.length,
+            *cached.place(),
+            cached.first,
+            cached.length,
             turn.cosine.data_ptr(),
             turn.sine.data_ptr(),
             threads,
@@ -310,21 +313,19 @@ class DecodeStep:
         )
         decoder.combine(index, self._outputs.data_ptr(), weights)
 
-    def _layers(self, halves: "Sequence[kv.HalfKV]", turn: Turn) -> None:
+    def _layers(self, cached: "Sequence[kv.CompiledKV]", turn: Turn) -> None:
         """The residual stream through all layers, many in one call where their experts are there."""
         assert self._parts is not None
         index, caches = 0, None
-        while index < len(halves):
+        while index < len(cached):
             most = 0
             if self._residents is not None:
                 records, most, foresight = self._residents.there(self._parts.moe)
             if most:
-                caches = caches or native.caches(
-                    [(*half.addresses(), half.capacity, half.first, half.length) for half in halves]
-                )
-                index = self._walk(index, min(index + most, len(halves)), caches, turn, records, foresight)
+                caches = caches or native.caches([(*its.place(), its.first, its.length) for its in cached])
+                index = self._walk(index, min(index + most, len(cached)), caches, turn, records, foresight)
             else:
-                self.layer(index, halves[index], turn, self._serve)
+                self.layer(index, cached[index], turn, self._serve)
                 index += 1
 
     def _walk(self, first: int, last: int, caches: Any, turn: Turn, records: Any, foresight: "tuple[int, int]") -> int:

@@ -1,6 +1,7 @@
 from typing import Any, overload
 
 BLOCK: int
+GROUP: int
 Decoder: Any
 
 class Shape:
@@ -20,7 +21,7 @@ class AllRecords:
     def put(self, layer: int, expert: int, address: int) -> None: ...
 
 class Caches:
-    def __init__(self, layers: list[tuple[int, int, int, int, int]]) -> None: ...
+    def __init__(self, layers: list[tuple[int, int, int, int, int, int]]) -> None: ...
 
 def shape(rows: int, cols: int, bits: int, group_size: int, is_float16: bool) -> Shape: ...
 def gate(function: str, order: str, alpha: float, limit: float, plus: float) -> Gate: ...

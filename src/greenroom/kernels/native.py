@@ -34,7 +34,9 @@ except ImportError as error:
 
 
 BLOCK = _native.BLOCK if _native else 32
-"""Positions in a block of cached keys."""
+"""Positions in a block of cached keys or values."""
+GROUP = _native.GROUP if _native else 32
+"""Numbers of a cached key or value that share a scale in 8 bits."""
 
 
 @functools.cache
@@ -175,8 +177,8 @@ def all_records(layers: "Sequence[_native.Records | None]") -> "_native.AllRecor
     return _native.AllRecords([_native.Records() if one is None else one for one in layers])
 
 
-def caches(layers: "list[tuple[int, int, int, int, int]]") -> "_native.Caches":
-    """Keys, values, capacity, first and length of each layer of a decoder, for one token."""
+def caches(layers: "list[tuple[int, int, int, int, int, int]]") -> "_native.Caches":
+    """Keys, values, capacity, bits, first and length of each layer of a decoder, for one token."""
     return _native.Caches(layers)
 
 
