@@ -2,16 +2,19 @@
 // built with sanitizers: cmake -S native -B build -DGREENROOM_SANITIZE=address,undefined (or thread).
 // Arithmetic is compared with double precision here, and with the reference in tests/test_native.py.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "compute.h"
+#include "pool.h"
 
 using namespace greenroom;
 
@@ -181,10 +184,28 @@ void check_experts(const Shape& first, Order order, const char* isa, std::mt1993
     expect(same[0] && same[1] && same[2], "an expert alone", first, isa);
 }
 
+// What a body throws comes out, with others at work or without, and the next loop is whole.
+void check_thrown() {
+    for (const int threads : {1, 2, 7})
+        for (const int bad : {0, 37, 99}) {
+            std::atomic<int> thrown{0}, done{0};
+            try {
+                parallel_for(100, threads, [&](std::int64_t item) {
+                    if (item % 50 == bad % 50) throw std::bad_alloc();
+                });
+            } catch (const std::bad_alloc&) {
+                ++thrown;
+            }
+            parallel_for(100, threads, [&](std::int64_t) { ++done; });
+            expect(thrown == 1 && done == 100, "what is thrown", {threads, bad, 16, 0, false}, "");
+        }
+}
+
 }  // namespace
 
 int main() {
     std::mt19937 random(1);
+    check_thrown();
     for (const Isa* isa : available()) {
         choose(isa->name);
         for (const int bits : {2, 3, 4, 8, 16})

@@ -6,10 +6,12 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 namespace greenroom {
 namespace {
@@ -82,6 +84,7 @@ public:
         // a helper at its last item; where there are more threads than cores, it may be waiting for this very core
         for (int spins = 0; done_.load(std::memory_order_acquire) < joined; ++spins)
             spins < kPauses ? relax() : std::this_thread::yield();
+        if (std::exception_ptr thrown = std::exchange(thrown_, nullptr)) std::rethrow_exception(thrown);
     }
 
 private:
@@ -98,11 +101,14 @@ private:
         return std::min(wanted, threads_);
     }
 
-    void work(int place) {
+    void work(int place) try {
         const Body& body = *body_;
         for (std::int64_t item; (item = ranges_[place].take_first()) >= 0;) body(item);
         for (int other = 1; other < places_; ++other)
             for (std::int64_t item; (item = ranges_[(place + other) % places_].take_last()) >= 0;) body(item);
+    } catch (...) {  // such as too little memory; the caller hears of it when nobody is at work any more
+        std::lock_guard lock(mutex_);
+        if (!thrown_) thrown_ = std::current_exception();
     }
 
     [[noreturn]] void serve() {
@@ -141,6 +147,7 @@ private:
     std::atomic<int> sleeping_{0};
     std::mutex mutex_;
     std::condition_variable wake_;
+    std::exception_ptr thrown_;  // by a body of this loop
     Range ranges_[kMaxThreads];
     const Body* body_ = nullptr;  // these five: the caller's, until the next ticket
     int places_ = 0;

@@ -69,6 +69,16 @@ def test_run_streams_and_reports(packed: Path, capsys: pytest.CaptureFixture[str
     assert "tokens/s" in err and "hit rate" in err and "peak memory" in err
 
 
+def test_too_little_memory_is_said_in_a_line(
+    packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def takes_too_much(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("greenroom.packed.PackedModel.verify", takes_too_much)
+    assert "no more memory" in refused(capsys, "verify", str(packed))
+
+
 def test_the_same_answer_whatever_the_memory(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answers = set()
     for flags in (["--experts-per-layer", "0"], ["--experts-per-layer", "8"], ["--prefetch", "2", "--policy", "lfu"]):

@@ -46,6 +46,11 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
             traceback.print_exc()
         print(f"greenroom: {error}", file=sys.stderr)
         return 2
+    except MemoryError:
+        if options.verbose:
+            traceback.print_exc()
+        print("greenroom: the system gives this process no more memory: give a smaller --ram", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ngreenroom: interrupted", file=sys.stderr)
         return 130
