@@ -122,10 +122,10 @@ def make_plan(
     """Plan memory for a packed model.
 
     `runtime`: bytes the process holds before any weight. `budget`: bytes of RAM for everything, or None.
-    `element_size`: bytes of one activation. `compiled`: the compiled decoder serves, where it may: float32 on the CPU;
-    it caches float16. `scores`: attention's modules make all of a prompt's scores at once. `gains[l][n]`: the hit rate
-    of layer l with n slots, by which a budget is divided; without it, and where slots are asked for per layer, all
-    layers get as many. Raises BudgetError, saying what would do, where the budget cannot hold the fixed parts.
+    `element_size`: bytes of one activation. `compiled`: the compiled decoder serves, where it may: float32 on the CPU.
+    `scores`: attention's modules make all of a prompt's scores at once. `gains[l][n]`: the hit rate of layer l with n
+    slots, by which a budget is divided; without it, and where slots are asked for per layer, all layers get as many.
+    Raises BudgetError, saying what would do, where the budget cannot hold the fixed parts.
     """
     footprint = Footprint(manifest, config, settings, element_size, compiled, scores)
     plan = _without_slots(footprint, runtime, budget)
