@@ -14,11 +14,7 @@ constexpr std::int64_t kAloneNumbers = 16 << 10;  // of queries
 
 // x [count] in whole numbers below 2^15, two by two `stride` apart, which times what is returned are x.
 float to_words(const float* x, int count, std::int16_t* words, std::int64_t stride) {
-    float largest = 0.0f;
-    for (int i = 0; i < count; ++i) {
-        const float magnitude = std::abs(x[i]);
-        if (!(magnitude <= largest) && largest == largest) largest = magnitude;  // no number stays none
-    }
+    const float largest = largest_magnitude(x, count);
     const bool usable = largest > 0.0f && std::isfinite(largest);
     for (int i = 0; i < count; ++i) {
         const float word = usable ? x[i] * (32767.0f / largest) + kWhole - kWhole : 0.0f;

@@ -64,13 +64,8 @@ void put_bytes(std::uint8_t* to, std::int64_t step, std::int64_t two_step, std::
                std::int64_t dim) {
     for (std::int64_t start = 0; start < dim; start += kCachedGroup, scales += 2 * kPositions) {
         const std::int64_t end = std::min<std::int64_t>(start + kCachedGroup, dim);
-        float largest = 0.0f;
-        for (std::int64_t i = start; i < end; ++i) {
-            const float magnitude = std::min(std::abs(x[i]), 65504.0f);
-            if (!(magnitude <= largest) && largest == largest) largest = magnitude;  // no number stays none
-        }
         std::uint16_t half;
-        const float scale = to_bfloat16(largest / 127.0f, &half);
+        const float scale = to_bfloat16(std::min(largest_magnitude(x + start, end - start), 65504.0f) / 127.0f, &half);
         std::memcpy(scales, &half, 2);
         for (std::int64_t i = start; i < end; ++i) {
             const float code = scale > 0.0f ? std::clamp(x[i] / scale, -127.0f, 127.0f) : 0.0f;
@@ -82,10 +77,6 @@ void put_bytes(std::uint8_t* to, std::int64_t step, std::int64_t two_step, std::
 // The block of a position, all of a head's number of dimensions.
 std::int64_t block_offset(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, std::int64_t dim) {
     return kv_head * cache.head_nbytes(dim) + position / kPositions * cached_nbytes(dim, cache.bits);
-}
-
-std::uint8_t* scales_at(std::uint8_t* block, std::int64_t dim, std::int64_t lane) {
-    return block + kPositions * (dim + dim % 2) + 2 * lane;
 }
 
 void normalize_heads(const Norm& norm, float* x, int heads, int dim, bool each) {
@@ -195,14 +186,21 @@ void put_key(const KeyValues& cache, std::int64_t kv_head, std::int64_t position
     const std::int64_t lane = position % kPositions;
     std::uint8_t* block = cache.keys + block_offset(cache, kv_head, position, dim);
     if (cache.bits == 16) put_halves(block + 2 * lane, kPositions, x, dim);
-    else put_bytes(block + 2 * lane, 1, 2 * kPositions, scales_at(block, dim, lane), x, dim);
+    else put_bytes(block + 2 * lane, 1, 2 * kPositions, cached_scales(block, dim, 0) + 2 * lane, x, dim);
 }
 
 void put_value(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t dim) {
     const std::int64_t lane = position % kPositions;
     std::uint8_t* block = cache.values + block_offset(cache, kv_head, position, dim);
     if (cache.bits == 16) put_halves(block + 2 * lane * dim, 1, x, dim);
-    else put_bytes(block + lane / 2 * 2 * dim + lane % 2, 2, 4, scales_at(block, dim, lane), x, dim);
+    else put_bytes(block + lane / 2 * 2 * dim + lane % 2, 2, 4, cached_scales(block, dim, 0) + 2 * lane, x, dim);
+}
+
+float largest_magnitude(const float* x, std::int64_t count) {
+    float largest = 0.0f;
+    for (std::int64_t i = 0; i < count; ++i)
+        if (!(std::abs(x[i]) <= largest) && largest == largest) largest = std::abs(x[i]);
+    return largest;
 }
 
 float* sized(std::vector<float>& buffer, std::int64_t count) {

@@ -125,6 +125,9 @@ constexpr float kWhole = 0x1.8p23f;
 void put_key(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t dim);
 void put_value(const KeyValues& cache, std::int64_t kv_head, std::int64_t position, const float* x, std::int64_t dim);
 
+// The largest |x|; none where one is no number.
+float largest_magnitude(const float* x, std::int64_t count);
+
 // A scratch buffer's numbers, which are `count` at least.
 float* sized(std::vector<float>& buffer, std::int64_t count);
 

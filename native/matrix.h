@@ -57,7 +57,8 @@ inline std::int64_t cached_nbytes(std::int64_t dim, int bits) {  // of a block
     return kPositions * (bits == 16 ? 2 * dim : dim + dim % 2 + 2 * ((dim + kCachedGroup - 1) / kCachedGroup));
 }
 
-inline const std::uint8_t* cached_scales(const std::uint8_t* block, int dim, int number) {  // 8 bits: of a number's group
+template <class Byte>
+Byte* cached_scales(Byte* block, std::int64_t dim, std::int64_t number) {  // in 8 bits: of a number's group
     return block + kPositions * (dim + dim % 2 + 2 * (number / kCachedGroup));
 }
 

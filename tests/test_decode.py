@@ -982,11 +982,20 @@ def by_modules_of(packed: PackedModel) -> torch.Tensor:
         return by_modules(engine)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2", "gpt_oss"])
-def test_every_instruction_set_decodes(name: str) -> None:
+@contextlib.contextmanager
+def choosing() -> "Iterator[Any]":
+    """The extension, whose instruction set may be chosen meanwhile."""
     core: Any = native.extension()
     best = core.active()
     try:
+        yield core
+    finally:
+        core.choose(best)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2", "gpt_oss"])
+def test_every_instruction_set_decodes(name: str) -> None:
+    with choosing() as core:
         for isa in core.available():
             assert core.choose(isa)
             with running(case_of(name).pack(16)) as engine:
@@ -995,8 +1004,6 @@ def test_every_instruction_set_decodes(name: str) -> None:
                 assert engine.decode.reason == "" and engine.decode.prompts == 3
                 with modules_only(engine):
                     assert distance(got, read(engine, 13, ids=LONG[:, :31], rounded=True)) < PROMPT_TOLERANCE
-    finally:
-        core.choose(best)
 
 
 def test_long_contexts_cross_spans() -> None:

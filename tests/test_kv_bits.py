@@ -19,7 +19,7 @@ from greenroom.errors import ConfigError
 from greenroom.kernels import native
 from samples import some
 from test_cli import refused
-from test_decode import LONG, NAMED, PROMPT_TOLERANCE, by_modules, decoded, modules_only, read, running
+from test_decode import LONG, NAMED, PROMPT_TOLERANCE, by_modules, choosing, decoded, modules_only, read, running
 from test_families import ALL, Case, case_of, distance
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="the extension is not built")
@@ -144,15 +144,11 @@ def test_a_prompt_is_read_like_its_modules_read_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v2", "gpt_oss"])
 def test_every_instruction_set_decodes(name: str) -> None:
-    core: Any = native.extension()
-    best = core.active()
-    try:
+    with choosing() as core:
         for isa in core.available():
             assert core.choose(isa)
             with running(case_with_whole_groups(name).pack(16), kv_bits=8) as engine:
                 assert distance(decoded(engine.model), by_modules(engine, rounded=True)) < TOLERANCE
-    finally:
-        core.choose(best)
 
 
 def test_long_contexts_cross_spans_and_blocks() -> None:

@@ -19,7 +19,12 @@ _MIN_CAPACITY = 256
 
 def nbytes_per_position(dim: int, bits: int) -> int:
     """Bytes that `dim` numbers of one position take in `bits` bits, 16 or 8."""
-    return 2 * dim if bits == 16 else dim + dim % 2 + 2 * math.ceil(dim / native.GROUP)
+    return _numbers_nbytes(dim, bits) + (0 if bits == 16 else 2 * math.ceil(dim / native.GROUP))
+
+
+def _numbers_nbytes(dim: int, bits: int) -> int:
+    """Of one position, without scales."""
+    return 2 * dim if bits == 16 else dim + dim % 2
 
 
 class Blocks:
@@ -31,8 +36,8 @@ class Blocks:
         count = math.ceil(max(_MIN_CAPACITY, positions) / native.BLOCK)
         self._bytes = _room(heads, count, native.BLOCK * nbytes_per_position(dim, bits))
         together = 1 if bits == 16 else 2
-        numbers = self._bytes[..., : native.BLOCK * (2 * dim if bits == 16 else dim + dim % 2)]
-        numbers = numbers.view(torch.float16 if bits == 16 else torch.int8)
+        end = native.BLOCK * _numbers_nbytes(dim, bits)
+        numbers = self._bytes[..., :end].view(torch.float16 if bits == 16 else torch.int8)
         if keys:
             numbers = numbers.view(heads, count, -1, native.BLOCK, together).transpose(2, 3)
         else:
@@ -41,7 +46,7 @@ class Blocks:
         """of keys [heads, blocks, BLOCK, dim / together, together], of values [heads, blocks, BLOCK / together,
         together, dim]"""
         if bits == 8:
-            scales = self._bytes[..., native.BLOCK * (dim + dim % 2) :].view(torch.bfloat16)
+            scales = self._bytes[..., end:].view(torch.bfloat16)
             self._scales = scales.view(heads, count, -1, native.BLOCK).transpose(2, 3)  # [heads, blocks, BLOCK, groups]
 
     @property
